@@ -1,0 +1,30 @@
+//! rewake brings frozen Cloud Hypervisor (CH) virtual machines back to life.
+//!
+//! A snapshot goes in; a running sandbox whose guest agent has answered comes out. The
+//! modules stand in the order in which a restore passes through them:
+//!
+//! ```text
+//! snapshot ──► plan ──► resource ──► vmm ──► restore ──► envd ──► timeline
+//! ```
+//!
+//! Everything is synchronous. One event loop ([`wire::reactor`]) watches sockets, pipes,
+//! pidfds and timers; one process is started per restore: Cloud Hypervisor itself.
+
+// Vocabulary: validated names, units, the one absolute time budget.
+pub mod deadline;
+pub mod ids;
+pub mod units;
+// Talking over sockets: HTTP/1.1 codec, transport, event loop.
+pub mod wire;
+// Cloud Hypervisor's configuration, in its own spelling.
+pub mod vm_config;
+// 1: open, check and rewrite a snapshot directory.
+pub mod snapshot;
+// 3: kernel objects and how each is undone.
+pub mod resource;
+// 4: the Cloud Hypervisor process, its API and its events.
+pub mod vmm;
+// 6: the guest agent.
+pub mod envd;
+// The phases of every operation, with times.
+pub mod timeline;

@@ -1,0 +1,3 @@
+//! The `rewake` command.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Kernel objects that a sandbox needs, and how each is undone.

@@ -1,0 +1,1 @@
+//! Snapshot directories: open, check, rewrite.

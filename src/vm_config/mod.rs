@@ -1,0 +1,1 @@
+//! Cloud Hypervisor's configuration objects, in its own spelling.

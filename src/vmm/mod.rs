@@ -1,0 +1,1 @@
+//! The Cloud Hypervisor process: its API, its launch, its events.
