@@ -1,1 +1,11 @@
-//! Raw Linux system calls for rewake, typed and checked. The only crate with `unsafe`.
+//! Raw Linux system calls for rewake, typed and checked.
+//!
+//! The only crate with `unsafe` code. Each function names the kernel call it makes in its
+//! error ([`CallError`]); what object the call was about is for the layer above to say.
+
+pub mod error;
+pub mod netns;
+pub mod tun;
+pub mod uffd;
+
+pub use error::CallError;
