@@ -1,0 +1,57 @@
+# Closes a run: reads result lines (see tally.awk) of all places, prints what
+# failed, what was skipped, what ran for real, and as the last line
+# `N passed, N failed, N skipped`. A test counts once: failed if it failed
+# anywhere, else passed if it ran for real anywhere, else skipped.
+
+BEGIN { FS = "\t" }
+
+# What a test that ran shows by its name and place to have been used for real.
+function uses(place, suite, name) {
+    if (name ~ /(^|::)kvm_/) real["Cloud Hypervisor on this machine's KVM"]++
+    if (name ~ /(^|::)vm_/) real["Cloud Hypervisor with a Linux guest, in the test machine"]++
+    if (name ~ /(^|::)root_/) {
+        if ((suite " " name) ~ /net|slot|nft|tap|tun|veth|launch|vmm|restore/) real["namespaces and links, " place]++
+        if ((suite " " name) ~ /dm|disk|loop/) real["loop devices and device-mapper, " place]++
+        if ((suite " " name) !~ /net|slot|nft|tap|tun|veth|launch|vmm|restore|dm|disk|loop/) real["other tests as root, " place]++
+    }
+    if ((suite " " name) ~ /(^|[^a-z])sim([^a-z]|$)|demo/) standin["Cloud Hypervisor and its guest (rewake-sim)"]++
+}
+
+{
+    key = $3 SUBSEP $4
+    if (!(key in result)) order[count++] = key
+    if ($1 == "failed" || !(key in result) || (result[key] == "skipped" && $1 == "passed")) {
+        result[key] = $1
+        remark[key] = $5
+        where[key] = $2
+    }
+    if ($1 == "passed") uses($2, $3, $4)
+}
+
+END {
+    for (i = 0; i < count; i++) {
+        key = order[i]
+        split(key, part, SUBSEP)
+        total[result[key]]++
+        if (result[key] == "failed")
+            failures = failures sprintf("  %s %s (%s)%s\n", part[1], part[2], where[key], remark[key] == "" ? "" : ": " remark[key])
+        if (result[key] == "skipped") {
+            why = remark[key]
+            if (!(why in skips)) reasons[kinds++] = why
+            skips[why] = skips[why] sprintf("    %s %s\n", part[1], part[2])
+        }
+    }
+    print "\nRan for real:"
+    n = 0
+    for (what in real) { printf "  %s (%d tests)\n", what, real[what]; n++ }
+    if (!n) print "  nothing that needs privileges, KVM or Cloud Hypervisor"
+    print "Ran on the stand-in:"
+    n = 0
+    for (what in standin) { printf "  %s (%d tests)\n", what, standin[what]; n++ }
+    print "  envd (the agent of the stand-in, never the original)"
+    if (kinds) print "Skipped:"
+    for (i = 0; i < kinds; i++) printf "  %s\n%s", reasons[i], skips[reasons[i]]
+    if (failures != "") printf "Failed:\n%s", failures
+    printf "\n%d passed, %d failed, %d skipped\n", total["passed"], total["failed"], total["skipped"]
+    exit total["failed"] > 0
+}
