@@ -14,6 +14,8 @@
 pub mod deadline;
 pub mod ids;
 pub mod units;
+// A shim between the library and the kernel, for tests.
+pub mod fault;
 // Talking over sockets: HTTP/1.1 codec, transport, event loop.
 pub mod wire;
 // Cloud Hypervisor's configuration, in its own spelling.

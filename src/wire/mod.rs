@@ -1,3 +1,4 @@
 //! Bytes on sockets: a sans-IO HTTP/1.1 codec, its transport, and the event loop they run on.
 
+pub mod netlink;
 pub mod reactor;
