@@ -5,6 +5,7 @@
 
 pub mod error;
 pub mod netns;
+pub mod process;
 pub mod tun;
 pub mod uffd;
 
