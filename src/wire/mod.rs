@@ -1,4 +1,6 @@
 //! Bytes on sockets: a sans-IO HTTP/1.1 codec, its transport, and the event loop they run on.
 
+pub mod excerpt;
+pub mod json;
 pub mod netlink;
 pub mod reactor;
