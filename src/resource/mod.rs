@@ -1,1 +1,3 @@
 //! Kernel objects that a sandbox needs, and how each is undone.
+
+pub mod ledger;

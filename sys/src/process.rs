@@ -14,6 +14,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
@@ -524,14 +525,29 @@ impl Process {
     /// # Errors
     /// What `poll` says.
     pub fn has_ended(&self) -> Result<bool, CallError> {
+        self.wait_ended(Some(Duration::ZERO))
+    }
+
+    /// Waits until the process has ended, `timeout` at the longest (`None`: for ever), and
+    /// says whether it has. It is not reaped. Works for processes of other parents too.
+    ///
+    /// # Errors
+    /// What `poll` says.
+    pub fn wait_ended(&self, timeout: Option<Duration>) -> Result<bool, CallError> {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let ready = rustix::io::retry_on_intr(|| poll(&mut fds, Some(&now))).named("poll")?;
-        Ok(ready > 0)
+        let end = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        loop {
+            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+            let left = left.map(|left| Timespec {
+                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: i64::from(left.subsec_nanos()),
+            });
+            match poll(&mut fds, left.as_ref()) {
+                Err(Errno::INTR) => {}
+                other => return Ok(other.named("poll")? > 0),
+            }
+        }
     }
 }
 
