@@ -1,3 +1,4 @@
 //! Kernel objects that a sandbox needs, and how each is undone.
 
 pub mod ledger;
+pub mod net;

@@ -1,0 +1,10 @@
+//! Network slots: a namespace with a tap for the VM, a veth pair to the host, fixed addresses.
+//!
+//! ```text
+//!   guest ── tap0 │ namespace rw-<i> │ eth0 ── rwv<i> │ host ── uplink
+//!   169.254.0.21    .22        10.12.0.0+2i+1   10.12.0.0+2i
+//! ```
+
+mod address;
+
+pub use address::{AddressError, IfNameText, Ipv4Range, Mac, NetConfig, SlotPlan};
