@@ -7,9 +7,9 @@ BEGIN { FS = "\t" }
 
 # What a test that ran shows by its name and place to have been used for real.
 function uses(place, suite, name) {
-    if (name ~ /(^|::)kvm_/) real["Cloud Hypervisor on this machine's KVM"]++
-    if (name ~ /(^|::)vm_/) real["Cloud Hypervisor with a Linux guest, in the test machine"]++
-    if (name ~ /(^|::)root_/) {
+    if (name ~ /(^|::)kvm_[^:]*$/) real["Cloud Hypervisor on this machine's KVM"]++
+    if (name ~ /(^|::)vm_[^:]*$/) real["Cloud Hypervisor with a Linux guest, in the test machine"]++
+    if (name ~ /(^|::)root_[^:]*$/) {
         if ((suite " " name) ~ /net|slot|nft|tap|tun|veth|launch|vmm|restore/) real["namespaces and links, " place]++
         if ((suite " " name) ~ /dm|disk|loop/) real["loop devices and device-mapper, " place]++
         if ((suite " " name) !~ /net|slot|nft|tap|tun|veth|launch|vmm|restore|dm|disk|loop/) real["other tests as root, " place]++
