@@ -1,1 +1,17 @@
-//! Snapshot directories: open, check, rewrite.
+//! A snapshot directory: opened, bounded, checked, and rewritten for a new life.
+//!
+//! A directory written by Cloud Hypervisor's `vm.snapshot` has `config.json` (the `VmConfig`),
+//! `state.json` (a tree of opaque device states) and, where memory was saved,
+//! `memory-ranges` (the saved ranges one after the other, without header). Nothing in it is
+//! trusted: it may come from another machine, and a guest wrote what is in its memory.
+//!
+//! [`SnapshotDir::open`] reads and checks everything before there is any side effect, and
+//! keeps what it checked: the bytes of both JSON files and a descriptor of the memory file.
+
+pub mod dir;
+pub mod memory;
+pub mod state;
+
+pub use dir::{MemoryFile, SnapshotDir, SnapshotError, SnapshotLimits};
+pub use memory::{MemoryError, MemoryState, RamMapping, SavedRange};
+pub use state::{CpuIdentity, State, StateError, StateLimits};

@@ -1,0 +1,7 @@
+//! Snapshot directories: those of real Cloud Hypervisors, and hostile ones.
+
+#![allow(clippy::unwrap_used)] // Test support: a panic is the report.
+
+mod captured;
+mod hostile;
+mod scratch;
