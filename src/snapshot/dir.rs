@@ -8,6 +8,8 @@ use rustix::io::Errno;
 
 use super::state::{State, StateError, StateLimits};
 use crate::units::Bytes;
+use crate::vm_config::VmConfig;
+use crate::wire::json::{JsonError, UnknownKeys};
 
 /// The name of the VM's configuration in a snapshot directory.
 pub const CONFIG_FILE: &str = "config.json";
@@ -16,11 +18,10 @@ pub const STATE_FILE: &str = "state.json";
 /// The name of the saved memory.
 pub const MEMORY_FILE: &str = "memory-ranges";
 
-/// How much of a snapshot directory is accepted.
+/// How much of a snapshot directory is accepted. Depth and size of `config.json` are bounded by
+/// [`VmConfig::LIMITS`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SnapshotLimits {
-    /// Most bytes of `config.json`.
-    pub max_config: Bytes,
     /// Most bytes of `state.json`.
     pub max_state: Bytes,
     /// Bounds of the tree in `state.json`, and of the memory that it describes.
@@ -30,7 +31,6 @@ pub struct SnapshotLimits {
 impl Default for SnapshotLimits {
     fn default() -> Self {
         Self {
-            max_config: Bytes::mib(1),
             max_state: Bytes::mib(16),
             state: StateLimits::default(),
         }
@@ -102,6 +102,16 @@ pub enum SnapshotError {
         /// The errno of `pread`.
         #[source]
         source: Errno,
+    },
+    /// `config.json` is refused.
+    #[error("{CONFIG_FILE} is refused")]
+    Config(#[source] JsonError),
+    /// `config.json` has keys that no known version of CH has. What they mean cannot be
+    /// judged, and to leave them out could change the machine.
+    #[error("{CONFIG_FILE} has unknown keys: {keys}")]
+    UnknownKeys {
+        /// The keys, each with its path.
+        keys: UnknownKeys,
     },
     /// `state.json` is refused.
     #[error("{STATE_FILE} is refused")]
@@ -175,7 +185,7 @@ impl AsFd for MemoryFile {
 
 /// A snapshot directory that passed every check.
 ///
-/// It holds what was checked: both JSON files in memory, the memory file as a descriptor. What
+/// It holds what was checked: configuration and state in memory, the memory file as a descriptor. What
 /// happens to the directory afterwards does not matter, save that the memory file's content
 /// can still be changed by whoever may write to it.
 ///
@@ -184,7 +194,7 @@ impl AsFd for MemoryFile {
 pub struct SnapshotDir {
     path: PathBuf,
     directory: OwnedFd,
-    config: Vec<u8>,
+    config: VmConfig,
     state: State,
     memory: Option<MemoryFile>,
 }
@@ -206,7 +216,15 @@ impl SnapshotDir {
                 source,
             }
         })?;
-        let config = read_file(&directory, CONFIG_FILE, limits.max_config)?;
+        let config = read_file(
+            &directory,
+            CONFIG_FILE,
+            Bytes(VmConfig::LIMITS.bytes as u64),
+        )?;
+        let (config, keys) = VmConfig::parse(&config).map_err(SnapshotError::Config)?;
+        if !keys.is_empty() {
+            return Err(SnapshotError::UnknownKeys { keys });
+        }
         let state = read_file(&directory, STATE_FILE, limits.max_state)?;
         let state = State::parse(state, &limits.state).map_err(SnapshotError::State)?;
         let memory = open_memory(&directory, state.memory().saved())?;
@@ -225,9 +243,9 @@ impl SnapshotDir {
         &self.path
     }
 
-    /// The bytes of `config.json`.
+    /// The configuration, as recorded.
     #[must_use]
-    pub fn config_bytes(&self) -> &[u8] {
+    pub fn config(&self) -> &VmConfig {
         &self.config
     }
 

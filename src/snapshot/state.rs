@@ -13,6 +13,9 @@ use serde::de::{self, DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::memory::{MemoryDocument, MemoryError, MemoryLimits, MemoryState};
+use crate::vm_config::MacAddr;
+use crate::wire::excerpt::excerpt;
+use crate::wire::json::JsonFault;
 
 /// How much of a state is accepted. The size in bytes is bounded by the reader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,7 +46,7 @@ pub enum StateError {
     NotUtf8(#[source] std::str::Utf8Error),
     /// It is not JSON, or not of the shape of a snapshot.
     #[error("It is not a snapshot tree")]
-    Syntax(#[source] serde_json::Error),
+    Syntax(#[source] JsonFault),
     /// The tree has too many levels.
     #[error("The tree is deeper than {limit} levels")]
     TooDeep {
@@ -57,25 +60,25 @@ pub enum StateError {
         limit: usize,
     },
     /// Two nodes beside each other have the same id: which one counts is a matter of taste.
-    #[error("The node {id:?} is there twice")]
+    #[error("The node {id} is there twice")]
     DuplicateNode {
-        /// The id, cut to 64 characters.
+        /// The id, escaped and cut.
         id: String,
     },
     /// A node that every snapshot has is missing, or has no state.
-    #[error("The state of {node:?} is missing")]
+    #[error("The state of {node} is missing")]
     Missing {
         /// Its id.
         node: String,
     },
     /// The state of one node is not what CH writes.
-    #[error("The state of {node:?} cannot be read")]
+    #[error("The state of {node} cannot be read")]
     Node {
         /// Its id.
         node: String,
         /// The cause.
         #[source]
-        source: serde_json::Error,
+        source: JsonFault,
     },
     /// The memory description is impossible.
     #[error("The memory description is refused")]
@@ -172,7 +175,7 @@ impl State {
     /// # Errors
     /// [`StateError::Missing`] without such a device, [`StateError::Node`] if it is not a
     /// network device.
-    pub fn guest_mac(&self, id: &str) -> Result<[u8; 6], StateError> {
+    pub fn guest_mac(&self, id: &str) -> Result<MacAddr, StateError> {
         #[derive(Deserialize)]
         struct Net {
             config: NetSpace,
@@ -187,10 +190,10 @@ impl State {
             .iter()
             .find(|(device, _)| device == id)
             .and_then(|(_, span)| span.clone())
-            .ok_or_else(|| StateError::Missing { node: cut(id) })?;
+            .ok_or_else(|| StateError::Missing { node: excerpt(id) })?;
         let inner = decode(&self.text[span], id)?;
         let net: Net = serde_json::from_str(&inner).map_err(node_error(id))?;
-        Ok(net.config.mac)
+        Ok(MacAddr(net.config.mac))
     }
 
     /// Whether the guest's clock was saved. On v53 it then jumps by the downtime.
@@ -261,13 +264,11 @@ const CPU_MANAGER: &str = "cpu-manager";
 const DEVICE_MANAGER: &str = "device-manager";
 
 fn node_error(node: &str) -> impl FnOnce(serde_json::Error) -> StateError {
-    let node = cut(node);
-    move |source| StateError::Node { node, source }
-}
-
-/// An id fit for an error message.
-fn cut(id: &str) -> String {
-    id.chars().take(64).collect()
+    let node = excerpt(node);
+    move |error| StateError::Node {
+        node,
+        source: JsonFault::new(&error),
+    }
 }
 
 /// Undoes the outer of the two encodings.
@@ -314,7 +315,9 @@ impl<'de> Walk<'de> {
         };
         match seed.deserialize(&mut json).and_then(|()| json.end()) {
             Ok(()) => Ok(walk.index),
-            Err(error) => Err(walk.refusal.unwrap_or(StateError::Syntax(error))),
+            Err(error) => Err(walk
+                .refusal
+                .unwrap_or(StateError::Syntax(JsonFault::new(&error)))),
         }
     }
 
@@ -481,7 +484,9 @@ impl<'de> Visitor<'de> for ChildrenSeed<'_, 'de> {
                 depth: self.depth,
             })?;
             if seen.contains(&id) {
-                return Err(self.walk.refuse(StateError::DuplicateNode { id: cut(&id) }));
+                return Err(self
+                    .walk
+                    .refuse(StateError::DuplicateNode { id: excerpt(&id) }));
             }
             seen.insert(id);
         }

@@ -57,7 +57,7 @@ pub enum JsonCategory {
 }
 
 impl JsonFault {
-    fn new(error: &serde_json::Error) -> Self {
+    pub(crate) fn new(error: &serde_json::Error) -> Self {
         let category = match error.classify() {
             serde_json::error::Category::Data => JsonCategory::Shape,
             _ => JsonCategory::Syntax,

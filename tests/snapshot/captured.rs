@@ -2,6 +2,7 @@
 
 use rewake::snapshot::{MemoryFile, SnapshotDir, SnapshotLimits};
 use rewake::units::Bytes;
+use rewake::vm_config::MacAddr;
 
 use crate::scratch::{CAPTURED, Scratch, chain};
 
@@ -83,7 +84,7 @@ fn reads_cpus_devices_clock_and_mac_of_a_linux_guest() {
     assert!(state.has_clock().unwrap());
     assert_eq!(
         state.guest_mac("_net1").unwrap(),
-        [0x02, 0xfc, 0, 0, 0, 0x05]
+        MacAddr([0x02, 0xfc, 0, 0, 0, 0x05])
     );
     for id in ["__balloon", "__serial", "_disk0", "_net1", "_vsock2"] {
         assert!(state.has_device(id), "{id}");
@@ -98,8 +99,8 @@ fn reads_cpus_devices_clock_and_mac_of_a_linux_guest() {
 fn refuses_the_mac_of_what_is_no_network_device() {
     let snapshot = open(&Scratch::snapshot("ch-v53/linux-guest-256m"));
     for (id, expected) in [
-        ("_disk0", "The state of \"_disk0\" cannot be read"),
-        ("_net7", "The state of \"_net7\" is missing"),
+        ("_disk0", "The state of _disk0 cannot be read"),
+        ("_net7", "The state of _net7 is missing"),
     ] {
         let error = snapshot.state().guest_mac(id).unwrap_err();
         assert_eq!(error.to_string(), expected);
