@@ -1,1 +1,3 @@
 //! The Cloud Hypervisor process: its API, its launch, its events.
+
+pub mod events;
