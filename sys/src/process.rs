@@ -616,7 +616,8 @@ mod tests {
         let (mut read_a, write_a) = io::pipe().unwrap();
         let (mut read_b, write_b) = io::pipe().unwrap();
         let (a, b) = (write_a.as_raw_fd(), write_b.as_raw_fd());
-        let script = format!("echo a >&{b}; echo b >&{a}");
+        // The shell takes only one digit after `>&`.
+        let script = format!("echo a >/proc/self/fd/{b}; echo b >/proc/self/fd/{a}");
         let child = shell(&script, vec![(write_a.as_fd(), b), (write_b.as_fd(), a)])
             .start()
             .unwrap();
