@@ -28,5 +28,7 @@ pub mod resource;
 pub mod vmm;
 // 6: the guest agent.
 pub mod envd;
+// What the machine has and lacks.
+pub mod doctor;
 // The phases of every operation, with times.
 pub mod timeline;

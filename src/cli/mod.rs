@@ -1,0 +1,84 @@
+//! The `rewake` command: what people type, what they see, and the exit codes.
+//!
+//! Exit codes: 0 done; 1 the operation failed; 2 the command line was wrong; 3 `doctor`
+//! found something missing; 4 a time limit passed.
+
+mod doctor;
+mod report;
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Brings frozen Cloud Hypervisor virtual machines back to life.
+#[derive(Debug, Parser)]
+#[command(name = "rewake", version, max_term_width = 100)]
+#[command(
+    after_help = "Exit codes: 0 done; 1 the operation failed; 2 the command line was \
+                        wrong; 3 doctor found something missing; 4 a time limit passed."
+)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What every command understands.
+#[derive(Debug, Clone, Copy, Args)]
+struct Global {
+    /// Print one JSON document instead of tables
+    #[arg(long, global = true)]
+    json: bool,
+    /// Log more: stage transitions, then everything (also through RUST_LOG)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Say what this machine lacks for restoring sandboxes, and how to mend it
+    Doctor(doctor::DoctorArgs),
+}
+
+/// What a command ends with where it does not simply succeed.
+enum Failure {
+    /// Something went wrong: the error, outermost first, with its causes.
+    Error(Box<dyn std::error::Error>),
+    /// `doctor` has said what is missing.
+    Missing,
+}
+
+impl<E: std::error::Error + 'static> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Error(Box::new(error))
+    }
+}
+
+/// Runs the command line of this process.
+pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_log(cli.global.verbose);
+    let outcome = match &cli.command {
+        Command::Doctor(args) => doctor::run(args, cli.global),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Missing) => ExitCode::from(3),
+        Err(Failure::Error(error)) => {
+            report::error(error.as_ref(), cli.global);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start_log(verbose: u8) {
+    let level = match verbose {
+        0 => "warn",
+        1 => "info",
+        _ => "trace",
+    };
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level))
+        .format_timestamp_micros()
+        .init();
+}
