@@ -11,6 +11,7 @@
 //! outlives its exchange, since a peer that is rolled back falls silent without RST or FIN.
 
 pub mod dialect;
+pub mod hedge;
 pub mod init;
 pub mod preload;
 pub mod reply;

@@ -8,58 +8,27 @@ use serde::de::DeserializeOwned;
 
 use super::text::GuestText;
 use crate::units::Bytes;
+use crate::wire::json::{JsonError, JsonLimits, from_slice_bounded};
 
-/// Longest body that is read from the agent.
-pub const MAX_BODY: usize = 64 << 10;
-
-/// Deepest nesting of objects and arrays that is read.
-pub const MAX_DEPTH: usize = 8;
+/// Bounds on the agent's answers.
+pub const LIMITS: JsonLimits = JsonLimits {
+    bytes: 64 << 10,
+    depth: 8,
+};
 
 /// Why an answer is not what it should be.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ReplyError {
-    /// More than [`MAX_BODY`] bytes.
-    #[error("The answer is too long")]
-    TooLong,
-    /// More than [`MAX_DEPTH`] levels.
-    #[error("The answer is nested too deep")]
-    TooDeep,
-    /// Not JSON, or not of the expected shape.
-    #[error("The answer is not the expected JSON")]
-    Shape(#[source] serde_json::Error),
+    /// Not JSON, not of the expected shape, or past [`LIMITS`].
+    #[error("The answer is refused")]
+    Json(#[from] JsonError),
     /// `/memory/preload` named a state that is not known here.
     #[error("Unknown preload state \"{0}\"")]
     UnknownState(GuestText),
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ReplyError> {
-    if body.len() > MAX_BODY {
-        return Err(ReplyError::TooLong);
-    }
-    if depth(body) > MAX_DEPTH {
-        return Err(ReplyError::TooDeep);
-    }
-    serde_json::from_slice(body).map_err(ReplyError::Shape)
-}
-
-/// The deepest nesting that well-formed JSON reaches. Of anything else, some number.
-fn depth(body: &[u8]) -> usize {
-    let (mut depth, mut deepest) = (0_usize, 0);
-    let (mut in_string, mut escaped) = (false, false);
-    for byte in body {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' if in_string => escaped = true,
-            b'"' => in_string = !in_string,
-            b'{' | b'[' if !in_string => {
-                depth += 1;
-                deepest = deepest.max(depth);
-            }
-            b'}' | b']' if !in_string => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-    }
-    deepest
+    Ok(from_slice_bounded(body, LIMITS)?)
 }
 
 /// The version in Wrenn's answer to `/health`, `None` where the body is anything else: a
@@ -265,16 +234,16 @@ mod tests {
     #[test]
     fn refuses_what_is_too_deep_or_too_long() {
         let nested = |n: usize| format!("{{\"x\":{}1{}}}", "[".repeat(n), "]".repeat(n));
-        assert!(metrics(nested(MAX_DEPTH - 1).as_bytes()).is_ok());
+        assert!(metrics(nested(LIMITS.depth - 1).as_bytes()).is_ok());
         assert!(matches!(
-            metrics(nested(MAX_DEPTH).as_bytes()),
-            Err(ReplyError::TooDeep)
+            metrics(nested(LIMITS.depth).as_bytes()),
+            Err(ReplyError::Json(JsonError::TooDeep { .. }))
         ));
-        // Brackets inside a string are text.
-        let quoted = format!(r#"{{"x":"{}\"{}"}}"#, "[".repeat(20), "{".repeat(20));
-        assert!(metrics(quoted.as_bytes()).is_ok());
-        let long = format!(r#"{{"x":"{}"}}"#, "y".repeat(MAX_BODY));
-        assert!(matches!(metrics(long.as_bytes()), Err(ReplyError::TooLong)));
+        let long = format!(r#"{{"x":"{}"}}"#, "y".repeat(LIMITS.bytes));
+        assert!(matches!(
+            metrics(long.as_bytes()),
+            Err(ReplyError::Json(JsonError::TooLarge { .. }))
+        ));
     }
 
     #[test]

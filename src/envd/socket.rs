@@ -1,11 +1,10 @@
 //! Where the sockets come from that talk to a guest.
 
-use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+use rewake_sys::netns;
 
 /// A source of fresh, unconnected, non-blocking TCP sockets over IPv4.
 ///
@@ -14,7 +13,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 /// the tap without a veth pair, a route or NAT.
 ///
 /// Any `Fn() -> io::Result<OwnedFd>` is a source. It must hand out sockets with
-/// `SOCK_NONBLOCK | SOCK_CLOEXEC` and must not wait.
+/// `SOCK_NONBLOCK | SOCK_CLOEXEC`, and must not wait for anything outside the kernel.
 pub trait SocketSource: Send + Sync {
     /// One socket nobody else holds.
     ///
@@ -38,52 +37,46 @@ pub struct CurrentNetns;
 
 impl SocketSource for CurrentNetns {
     fn take(&self) -> io::Result<OwnedFd> {
-        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        Ok(socket_with(
-            AddressFamily::INET,
-            SocketType::STREAM,
-            flags,
-            None,
-        )?)
+        Ok(netns::tcp_socket()?)
     }
 }
 
-/// Sockets made in advance, for a namespace that is entered once; more come from `refill`.
-pub struct Stock<R> {
+/// Sockets made inside a network namespace, in batches, since entering one costs a thread.
+#[derive(Debug)]
+pub struct InNetns {
+    netns: OwnedFd,
     shelf: Mutex<Vec<OwnedFd>>,
-    refill: R,
 }
 
-impl<R> Stock<R>
-where
-    R: Fn() -> io::Result<Vec<OwnedFd>> + Send + Sync,
-{
-    /// A stock that begins with `shelf` and asks `refill` whenever it is empty.
-    pub fn new(shelf: Vec<OwnedFd>, refill: R) -> Self {
+impl InNetns {
+    /// Sockets made at a time.
+    pub const BATCH: usize = 16;
+
+    /// A source for the namespace. Nothing is made before the first socket is asked for.
+    #[must_use]
+    pub fn new(netns: OwnedFd) -> Self {
+        Self::with_shelf(netns, Vec::new())
+    }
+
+    /// A source that gives out `shelf` first: sockets made while the namespace was entered
+    /// for another reason, ahead of the moment that counts.
+    #[must_use]
+    pub fn with_shelf(netns: OwnedFd, shelf: Vec<OwnedFd>) -> Self {
         let shelf = Mutex::new(shelf);
-        Self { shelf, refill }
+        Self { netns, shelf }
     }
 }
 
-impl<R> SocketSource for Stock<R>
-where
-    R: Fn() -> io::Result<Vec<OwnedFd>> + Send + Sync,
-{
+impl SocketSource for InNetns {
     fn take(&self) -> io::Result<OwnedFd> {
         // A panic elsewhere cannot leave a `Vec` of descriptors half changed.
         let mut shelf = self.shelf.lock().unwrap_or_else(PoisonError::into_inner);
         if shelf.is_empty() {
-            *shelf = (self.refill)()?;
+            *shelf = netns::tcp_sockets(self.netns.as_fd(), Self::BATCH)?;
         }
         shelf
             .pop()
-            .ok_or_else(|| io::Error::other("The stock of sockets is empty"))
-    }
-}
-
-impl<R> fmt::Debug for Stock<R> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Stock").finish_non_exhaustive()
+            .ok_or_else(|| io::Error::other("A batch of sockets is empty"))
     }
 }
 
@@ -92,20 +85,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stock_refills_when_it_runs_out_and_reports_an_empty_refill() {
-        let stock = Stock::new(vec![CurrentNetns.take().unwrap()], || {
-            Ok(vec![CurrentNetns.take()?, CurrentNetns.take()?])
-        });
-        let taken: Vec<_> = (0..4).map(|_| stock.take().unwrap()).collect();
-        assert_eq!(taken.len(), 4);
-        let bare = Stock::new(Vec::new(), || Ok(Vec::new()));
-        assert!(bare.take().is_err());
-    }
-
-    #[test]
     fn sockets_do_not_block() {
         let socket = CurrentNetns.take().unwrap();
         let flags = rustix::fs::fcntl_getfl(&socket).unwrap();
         assert!(flags.contains(rustix::fs::OFlags::NONBLOCK));
+    }
+
+    #[test]
+    fn a_shelf_is_emptied_before_the_namespace_is_entered() {
+        // A descriptor that is no namespace: entering it fails.
+        let nowhere = rustix::pipe::pipe().unwrap().0;
+        let shelf = vec![CurrentNetns.take().unwrap(), CurrentNetns.take().unwrap()];
+        let source = InNetns::with_shelf(nowhere, shelf);
+        assert!(source.take().is_ok() && source.take().is_ok());
+        assert!(source.take().is_err());
+    }
+
+    #[test]
+    fn closures_are_sources() {
+        let source: Sockets = Arc::new(|| CurrentNetns.take());
+        assert!(source.take().is_ok());
     }
 }
