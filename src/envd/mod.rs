@@ -14,9 +14,11 @@ pub mod dialect;
 pub mod hedge;
 pub mod init;
 pub mod preload;
+pub mod ready;
 pub mod reply;
 pub mod socket;
 pub mod text;
+pub mod watch;
 
 /// The TCP port that every dialect listens on.
 pub const PORT: u16 = 49983;
