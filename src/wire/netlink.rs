@@ -68,7 +68,7 @@ const TEXT_BYTES: usize = 256;
 #[derive(Debug, thiserror::Error)]
 pub enum NetlinkError {
     /// The socket could not be opened or set up.
-    #[error("Cannot open a {protocol:?} netlink socket: {call}")]
+    #[error("Cannot open a netlink socket ({protocol:?}): {call}")]
     Open {
         /// The protocol asked for.
         protocol: Protocol,

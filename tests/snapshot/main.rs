@@ -4,7 +4,4 @@
 
 mod captured;
 mod hostile;
-mod layout;
-mod rewrite;
-mod run_dir;
 mod scratch;

@@ -253,6 +253,8 @@ pub struct NetConfig {
     pub index_base: u32,
     /// The host's link to the outside. Where missing, that of its default route.
     pub uplink: Option<IfNameText>,
+    /// The highest slot index in use.
+    pub slot_max: u16,
     /// Where lock files and records live; gone after a reboot, like the kernel's objects.
     pub runtime_dir: PathBuf,
     /// Where namespaces are pinned; `ip netns` looks into `/run/netns` only.
@@ -315,6 +317,7 @@ impl Default for NetConfig {
             ipv6: false,
             index_base: 0x4000_0000,
             uplink: None,
+            slot_max: SlotIndex::MAX,
             runtime_dir: "/run/rewake".into(),
             netns_dir: rewake_sys::netns::RUN_DIR.into(),
         }
@@ -330,6 +333,7 @@ impl NetConfig {
         // The longest names there can be.
         IfName::new(format!("{}v{}", self.prefix, SlotIndex::MAX))?;
         crate::ids::SandboxId::new(self.prefix.as_str())?;
+        SlotIndex::new(self.slot_max)?;
         let slots = u64::from(SlotIndex::MAX) + 1;
         for (range, what, needed) in [
             (self.veth_range, "veth addresses", 2 * slots),

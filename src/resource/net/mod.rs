@@ -6,5 +6,19 @@
 //! ```
 
 mod address;
+pub mod conntrack;
+mod create;
+mod error;
+mod host;
+mod link;
+mod namespace;
+mod step;
+mod sweep;
+mod teardown;
 
 pub use address::{AddressError, IfNameText, Ipv4Range, Mac, NetConfig, SlotPlan};
+pub use create::{CreateError, Slot};
+pub use error::{NetError, NetLeftover, SlotFailure};
+pub use host::{HostNet, RouteOverlap, Uplink};
+pub use step::NetStep;
+pub use sweep::SweepReport;

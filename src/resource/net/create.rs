@@ -1,0 +1,249 @@
+//! Building a slot, and what a built one offers.
+
+use std::net::Ipv4Addr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+
+use rewake_sys::CallError;
+use rewake_sys::netns;
+use rewake_sys::tun::{Tap, TapOptions};
+
+use super::error::{NetError, NetLeftover, SlotFailure};
+use super::host::{HostNet, Sockets};
+use super::{NetStep, SlotPlan, link, namespace};
+use crate::deadline::Deadline;
+use crate::ids::SlotIndex;
+use crate::resource::slot::{ProcessIdentity, SlotError, SlotLease};
+
+/// A slot that stands: namespace, links, addresses, routes.
+///
+/// Dropping it keeps everything in the kernel, with a record by which a later sweep finds it.
+/// To remove it, hand it to [`HostNet::destroy`].
+#[derive(Debug)]
+#[must_use = "a dropped slot stays in the kernel"]
+pub struct Slot {
+    pub(super) lease: SlotLease,
+    pub(super) plan: SlotPlan,
+    pub(super) netns: OwnedFd,
+    pub(super) steps: Vec<NetStep>,
+    path: PathBuf,
+    tap: (String, TapOptions),
+}
+
+impl Slot {
+    /// The slot's index.
+    #[must_use]
+    pub const fn index(&self) -> SlotIndex {
+        self.plan.index
+    }
+
+    /// Its names and addresses.
+    #[must_use]
+    pub const fn plan(&self) -> &SlotPlan {
+        &self.plan
+    }
+
+    /// The address under which the host reaches the guest.
+    #[must_use]
+    pub const fn host_address(&self) -> Ipv4Addr {
+        self.plan.host_address
+    }
+
+    /// Its namespace: the VMM starts in it, probe sockets are made in it.
+    #[must_use]
+    pub fn netns(&self) -> BorrowedFd<'_> {
+        self.netns.as_fd()
+    }
+
+    /// The file that pins the namespace.
+    #[must_use]
+    pub fn netns_path(&self) -> &std::path::Path {
+        &self.path
+    }
+
+    /// What stands in the kernel because of the slot, oldest first, for a journal.
+    #[must_use]
+    pub fn steps(&self) -> &[NetStep] {
+        &self.steps
+    }
+
+    /// The lock and record behind the slot.
+    pub const fn lease(&mut self) -> &mut SlotLease {
+        &mut self.lease
+    }
+
+    /// Notes the VMM that is about to run on the slot.
+    ///
+    /// # Errors
+    /// [`SlotError::File`].
+    pub fn set_vmm(&mut self, vmm: Option<ProcessIdentity>) -> Result<(), SlotError> {
+        self.lease.set_vmm(vmm)
+    }
+
+    /// Opens non-blocking TCP sockets inside the namespace; they can be connected to the
+    /// guest from anywhere. Starts a thread.
+    ///
+    /// # Errors
+    /// What `setns` or `socket` say.
+    pub fn probe_sockets(&self, count: usize) -> Result<Vec<OwnedFd>, CallError> {
+        netns::tcp_sockets(self.netns.as_fd(), count)
+    }
+
+    /// Attaches to the tap, as the VMM would. Starts a thread.
+    ///
+    /// # Errors
+    /// `EBUSY` where the VMM or somebody else has it open.
+    pub fn open_tap(&self) -> Result<Tap, CallError> {
+        netns::run_in(self.netns.as_fd(), || Tap::open(&self.tap.0, self.tap.1))?
+    }
+}
+
+impl HostNet {
+    /// Takes a free slot and builds it. `owner` goes into the slot's record.
+    ///
+    /// Blocks for about a millisecond, on the kernel's own locks; the deadline bounds waits
+    /// for netlink answers. Starts one thread, which ends with the call.
+    ///
+    /// # Errors
+    /// [`SlotFailure`]; everything made so far has been undone, or is named in it.
+    pub fn create(&self, owner: &str, deadline: Deadline) -> Result<Slot, CreateError> {
+        let lease = self.slots.acquire(owner)?;
+        self.build(lease, deadline).map_err(CreateError::Build)
+    }
+
+    /// Builds the slot of this index, which must be free or parked for `owner`.
+    ///
+    /// # Errors
+    /// As [`HostNet::create`], and that the index is not to be had.
+    pub fn create_at(
+        &self,
+        index: SlotIndex,
+        owner: &str,
+        deadline: Deadline,
+    ) -> Result<Slot, CreateError> {
+        let lease = self.slots.reserve(index, owner)?;
+        self.build(lease, deadline).map_err(CreateError::Build)
+    }
+
+    /// Builds a slot on an index that is held already.
+    ///
+    /// # Errors
+    /// [`SlotFailure`]; the index has been freed unless there are leftovers.
+    pub fn build(&self, mut lease: SlotLease, deadline: Deadline) -> Result<Slot, SlotFailure> {
+        let plan = self.config.slot(lease.index());
+        let mut steps = Vec::new();
+        match self.assemble(&mut lease, &plan, &mut steps, deadline) {
+            Ok((netns, path)) => Ok(Slot {
+                lease,
+                plan,
+                netns,
+                steps,
+                path,
+                tap: (
+                    self.config.tap_name.as_str().to_owned(),
+                    TapOptions {
+                        vnet_header: true,
+                        multi_queue: self.config.multi_queue,
+                    },
+                ),
+            }),
+            Err(source) => {
+                let leftovers = self.unwind(&mut steps, deadline);
+                let index = lease.index();
+                if leftovers.is_empty()
+                    && let Err(held) = lease.release()
+                {
+                    log::warn!("Slot {index} stays out of use: {}", held.error);
+                }
+                Err(SlotFailure {
+                    index,
+                    source,
+                    leftovers,
+                })
+            }
+        }
+    }
+
+    /// Undoes steps, last first. Those that fail stay in `steps`.
+    pub(super) fn unwind(&self, steps: &mut Vec<NetStep>, deadline: Deadline) -> Vec<NetLeftover> {
+        let mut leftovers = Vec::new();
+        for step in std::mem::take(steps).into_iter().rev() {
+            if let Err(error) = self.undo(&step, deadline) {
+                steps.insert(0, step.clone());
+                leftovers.push(NetLeftover { step, error });
+            }
+        }
+        leftovers
+    }
+
+    fn assemble(
+        &self,
+        lease: &mut SlotLease,
+        plan: &SlotPlan,
+        steps: &mut Vec<NetStep>,
+        deadline: Deadline,
+    ) -> Result<(OwnedFd, PathBuf), NetError> {
+        let path = self.config.netns_dir.join(&plan.netns);
+        let faults = &self.faults;
+        let injected = |errno| NetError::Call {
+            step: "create a namespace".to_owned(),
+            source: CallError::new("unshare", errno),
+        };
+        faults.before("create a namespace").map_err(injected)?;
+        let outcome = netns::run_in_new(|namespace| {
+            faults.after("create a namespace").map_err(injected)?;
+            let identity = netns::identity(namespace.as_fd()).map_err(|source| NetError::Call {
+                step: "identify the namespace".to_owned(),
+                source,
+            })?;
+            // On record before any of it has a name in the kernel.
+            steps.extend(self.planned(plan, namespace::pin_step(&path, identity)));
+            lease.set_steps(steps.clone())?;
+            namespace::pin(&path, faults)?;
+            let mut inside = Sockets::open(faults)?;
+            namespace::settings(&self.config, faults)?;
+            let tap = namespace::make_tap(&self.config, faults)?;
+            let pair = link::pair(&self.config, plan, namespace.as_fd());
+            self.sockets().route.commit(&pair, deadline)?;
+            let inside_side = link::inside_side(&self.config, plan, tap);
+            inside.route.commit(&inside_side, deadline)?;
+            self.sockets()
+                .route
+                .commit(&link::host_side(plan), deadline)?;
+            Ok::<_, NetError>(namespace)
+        });
+        let namespace = outcome.map_err(|source| NetError::Call {
+            step: "create a namespace".to_owned(),
+            source,
+        })??;
+        Ok((namespace, path))
+    }
+
+    /// The undo steps of a slot, oldest first.
+    fn planned(&self, plan: &SlotPlan, pin: NetStep) -> [NetStep; 3] {
+        [
+            // Undone last: only when no packet can come any more, nothing is remembered
+            // anew.
+            NetStep::Conntrack {
+                addresses: vec![plan.host_address, plan.inside_address],
+            },
+            pin,
+            NetStep::Link {
+                name: plan.veth.clone(),
+                index: plan.veth_index,
+                mac: plan.veth_mac,
+            },
+        ]
+    }
+}
+
+/// Why there is no new slot.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// No index was to be had.
+    #[error(transparent)]
+    Slot(#[from] SlotError),
+    /// The slot could not be built.
+    #[error(transparent)]
+    Build(#[from] SlotFailure),
+}
