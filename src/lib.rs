@@ -28,6 +28,8 @@ pub mod resource;
 pub mod vmm;
 // 6: the guest agent.
 pub mod envd;
+// A virtual machine of our own to try all of it on.
+pub mod probe_guest;
 // What the machine has and lacks.
 pub mod doctor;
 // The phases of every operation, with times.
