@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{self, CWD, FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 
+use super::check::{self, Mismatch};
 use super::state::{State, StateError, StateLimits};
 use crate::units::Bytes;
 use crate::vm_config::VmConfig;
@@ -116,6 +117,9 @@ pub enum SnapshotError {
     /// `state.json` is refused.
     #[error("{STATE_FILE} is refused")]
     State(#[source] StateError),
+    /// Configuration and state do not belong together.
+    #[error("{CONFIG_FILE} and {STATE_FILE} contradict each other")]
+    Mismatch(#[source] Mismatch),
     /// `state.json` says that memory was saved, but there is no memory file.
     #[error("{MEMORY_FILE} is missing, it must have {expected} bytes")]
     MemoryMissing {
@@ -227,6 +231,7 @@ impl SnapshotDir {
         }
         let state = read_file(&directory, STATE_FILE, limits.max_state)?;
         let state = State::parse(state, &limits.state).map_err(SnapshotError::State)?;
+        check::check(&config, &state).map_err(SnapshotError::Mismatch)?;
         let memory = open_memory(&directory, state.memory().saved())?;
         Ok(Self {
             path: path.to_owned(),

@@ -8,10 +8,23 @@
 //! [`SnapshotDir::open`] reads and checks everything before there is any side effect, and
 //! keeps what it checked: the bytes of both JSON files and a descriptor of the memory file.
 
+pub mod check;
 pub mod dir;
+pub mod layout;
 pub mod memory;
+pub mod review;
+pub mod rewrite;
+pub mod run_dir;
 pub mod state;
 
+pub use check::Mismatch;
 pub use dir::{MemoryFile, SnapshotDir, SnapshotError, SnapshotLimits};
+pub use layout::{MemoryLayout, MemorySource, NotMappable};
 pub use memory::{MemoryError, MemoryState, RamMapping, SavedRange};
+pub use review::{HostItem, HostItemKind, review};
+pub use rewrite::{
+    ConfigOverrides, ConfigRefusal, ConsoleOverride, DiskOverride, HostPathPolicy, MemoryBacking,
+    Recorded, RefusalReason, RefusedItem, TapOverride, TapSource, rewrite,
+};
+pub use run_dir::{RemoveError, RunDir, RunDirCause, RunDirError, RunFiles};
 pub use state::{CpuIdentity, State, StateError, StateLimits};

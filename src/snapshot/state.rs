@@ -12,7 +12,8 @@ use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::memory::{MemoryDocument, MemoryError, MemoryLimits, MemoryState};
+use super::layout::MemoryLayout;
+use super::memory::{MemoryDocument, MemoryError, MemoryLimits, MemoryState, RamMapping};
 use crate::vm_config::MacAddr;
 use crate::wire::excerpt::excerpt;
 use crate::wire::json::JsonFault;
@@ -249,6 +250,45 @@ impl State {
         }))
     }
 
+    /// The bytes of a `state.json` that has RAM mapped from a file: the list of saved ranges
+    /// is empty, and every mapping has its offset of `layout`. All else is as it was, to the
+    /// byte.
+    ///
+    /// `layout` must have been found in this state's [`MemoryState`].
+    ///
+    /// # Errors
+    /// [`StateError::Missing`] if the layout is of another snapshot.
+    pub fn mapped_from_file(&self, layout: &MemoryLayout) -> Result<Vec<u8>, StateError> {
+        let missing = || StateError::Missing {
+            node: MEMORY_MANAGER.to_owned(),
+        };
+        if layout.offsets().len() != self.memory.mappings().len() {
+            return Err(missing());
+        }
+        let span = self.index.memory_manager.clone().ok_or_else(missing)?;
+        let inner = decode(&self.text[span.clone()], MEMORY_MANAGER)?;
+        let document: MemoryDocument<'_> =
+            serde_json::from_str(&inner).map_err(node_error(MEMORY_MANAGER))?;
+        let ranges = position(&inner, document.memory_ranges.get()).ok_or_else(missing)?;
+        let mappings = position(&inner, document.guest_ram_mappings.get()).ok_or_else(missing)?;
+        let moved: Vec<RamMapping> = self
+            .memory
+            .mappings()
+            .iter()
+            .zip(layout.offsets())
+            .map(|(mapping, &file_offset)| RamMapping {
+                file_offset,
+                ..mapping.clone()
+            })
+            .collect();
+        let moved = serde_json::to_string(&moved).map_err(node_error(MEMORY_MANAGER))?;
+        let mut edits = [(ranges, r#"{"data":[]}"#), (mappings, moved.as_str())];
+        edits.sort_unstable_by_key(|(span, _)| span.start);
+        let inner = splice(&inner, &edits);
+        let outer = serde_json::to_string(&inner).map_err(node_error(MEMORY_MANAGER))?;
+        Ok(splice(&self.text, &[(span, &outer)]).into_bytes())
+    }
+
     fn root(&self) -> Result<Option<String>, StateError> {
         self.index
             .root
@@ -374,6 +414,19 @@ pub(super) fn position(text: &str, part: &str) -> Option<Range<usize>> {
     let start = (part.as_ptr() as usize).checked_sub(text.as_ptr() as usize)?;
     let span = start..start.checked_add(part.len())?;
     (text.get(span.clone()) == Some(part)).then_some(span)
+}
+
+/// Replaces parts of a text. They are in order and do not overlap.
+fn splice(text: &str, edits: &[(Range<usize>, &str)]) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut kept = 0;
+    for (span, replacement) in edits {
+        out.push_str(&text[kept..span.start]);
+        out.push_str(replacement);
+        kept = span.end;
+    }
+    out.push_str(&text[kept..]);
+    out
 }
 
 #[derive(Deserialize)]

@@ -4,4 +4,7 @@
 
 mod captured;
 mod hostile;
+mod layout;
+mod rewrite;
+mod run_dir;
 mod scratch;
