@@ -10,9 +10,12 @@
 //! follow: `/init` comes first; nothing the guest said before it counts; no connection
 //! outlives its exchange, since a peer that is rolled back falls silent without RST or FIN.
 
+mod call;
+pub mod client;
 pub mod dialect;
 pub mod hedge;
 pub mod init;
+pub mod materialise;
 pub mod preload;
 pub mod ready;
 pub mod reply;

@@ -31,6 +31,12 @@ impl GuestText {
     }
 }
 
+impl From<&str> for GuestText {
+    fn from(raw: &str) -> Self {
+        Self::new(raw)
+    }
+}
+
 impl fmt::Display for GuestText {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&self.0)
