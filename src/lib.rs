@@ -22,10 +22,14 @@ pub mod wire;
 pub mod vm_config;
 // 1: open, check and rewrite a snapshot directory.
 pub mod snapshot;
+// 2: pure: snapshot and options to what is to be made, as data.
+pub mod plan;
 // 3: kernel objects and how each is undone.
 pub mod resource;
 // 4: the Cloud Hypervisor process, its API and its events.
 pub mod vmm;
+// 5: the one sequence that both callers share.
+pub mod restore;
 // 6: the guest agent.
 pub mod envd;
 // A virtual machine of our own to try all of it on.

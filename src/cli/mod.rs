@@ -5,10 +5,12 @@
 
 mod doctor;
 mod report;
+mod restore;
 
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use rewake::restore::RestoreError;
 
 /// Brings frozen Cloud Hypervisor virtual machines back to life.
 #[derive(Debug, Parser)]
@@ -39,6 +41,8 @@ struct Global {
 enum Command {
     /// Say what this machine lacks for restoring sandboxes, and how to mend it
     Doctor(doctor::DoctorArgs),
+    /// Bring one snapshot directory back to life and leave the VM running
+    Restore(Box<restore::RestoreArgs>),
 }
 
 /// What a command ends with where it does not simply succeed.
@@ -61,13 +65,17 @@ pub(crate) fn main() -> ExitCode {
     start_log(cli.global.verbose);
     let outcome = match &cli.command {
         Command::Doctor(args) => doctor::run(args, cli.global),
+        Command::Restore(args) => restore::run(args, cli.global),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Missing) => ExitCode::from(3),
         Err(Failure::Error(error)) => {
             report::error(error.as_ref(), cli.global);
-            ExitCode::FAILURE
+            let timeout = error
+                .downcast_ref::<RestoreError>()
+                .is_some_and(RestoreError::is_timeout);
+            ExitCode::from(if timeout { 4 } else { 1 })
         }
     }
 }

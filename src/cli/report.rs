@@ -4,6 +4,8 @@ use std::error::Error;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
+use rewake::restore::RestoreError;
+
 use super::{Failure, Global};
 
 /// Prints a failure once, with all its causes.
@@ -14,12 +16,36 @@ pub(super) fn error(error: &(dyn Error + 'static), global: Global) {
         chain.push(cause.to_string());
         next = cause.source();
     }
+    let restore = error.downcast_ref::<RestoreError>();
+    let leftovers: Vec<String> = restore.map_or_else(Vec::new, |error| {
+        error.leftovers.iter().map(ToString::to_string).collect()
+    });
     if global.json {
-        let document = serde_json::json!({"error": {"message": chain.join(": "), "chain": chain}});
+        let document = serde_json::json!({"error": {
+            "message": chain.join(": "),
+            "chain": chain,
+            "leftovers": leftovers,
+            "stage": restore.map(|error| error.stage.name()),
+            "log": restore.map(|error| &error.log),
+            "timeline": restore.map(|error| error.timeline.to_json()),
+        }});
         println!("{document}");
-    } else {
-        eprintln!("rewake: {}", chain.join(": "));
+        return;
     }
+    let mut text = chain.join(": ");
+    if let Some(error) = restore {
+        let left = if leftovers.is_empty() {
+            "nothing".to_owned()
+        } else {
+            leftovers.join(", ")
+        };
+        // Writing into a String cannot fail.
+        let _ = write!(text, "; left over: {left}");
+        for line in &error.log {
+            let _ = write!(text, "\n  cloud-hypervisor: {line}");
+        }
+    }
+    eprintln!("rewake: {text}");
 }
 
 /// Prints one JSON document on standard output.

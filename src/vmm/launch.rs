@@ -24,6 +24,7 @@ use rustix::process::Signal;
 
 use super::log::{Log, lasting_pipe};
 use crate::deadline::Deadline;
+use crate::plan::PrivateMount;
 use crate::resource::ledger::{Ledger, Step};
 
 /// The number of the first descriptor handed to CH by the caller; more follow in order.
@@ -70,45 +71,6 @@ pub enum LaunchError {
         /// The step that failed.
         source: SpawnError,
     },
-}
-
-/// A private view of one directory for CH alone: an empty tmpfs with symbolic links in it.
-///
-/// For snapshots that must keep the disk path they recorded (another tool's): CH finds the
-/// sandbox's own device at that path, and no other process sees anything of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PrivateMount {
-    /// The existing directory that the tmpfs covers.
-    pub directory: PathBuf,
-    /// Links beneath it: path relative to the directory, and what the link says.
-    pub links: Vec<(PathBuf, PathBuf)>,
-}
-
-impl PrivateMount {
-    fn steps(&self) -> Result<Vec<MountStep>, LaunchError> {
-        let zero = |_| LaunchError::ZeroByte {
-            what: "A path of the private mount",
-        };
-        let text = |path: &Path| CString::new(path.as_os_str().as_bytes()).map_err(zero);
-        let mut steps = vec![MountStep::Tmpfs {
-            at: text(&self.directory)?,
-        }];
-        for (name, target) in &self.links {
-            let parents: Vec<_> = name.ancestors().skip(1).collect();
-            for parent in parents.into_iter().rev() {
-                if !parent.as_os_str().is_empty() {
-                    steps.push(MountStep::Directory {
-                        at: text(&self.directory.join(parent))?,
-                    });
-                }
-            }
-            steps.push(MountStep::Symlink {
-                target: text(target)?,
-                at: text(&self.directory.join(name))?,
-            });
-        }
-        Ok(steps)
-    }
 }
 
 /// What to start.
@@ -202,7 +164,7 @@ pub fn launch(
         (events_end.as_fd(), EVENT_FD),
     ];
     fds.extend(inherited.iter().copied().zip(FIRST_INHERITED..));
-    let mounts = spec.private_mount.as_ref().map(PrivateMount::steps);
+    let mounts = spec.private_mount.as_ref().map(mount_steps);
     let spawn = Spawn {
         program: c_string("The program", spec.program.as_os_str().as_bytes())?,
         args: arguments(spec)?,
@@ -231,6 +193,31 @@ pub fn launch(
         log,
         events: File::from(events),
     })
+}
+
+fn mount_steps(mount: &PrivateMount) -> Result<Vec<MountStep>, LaunchError> {
+    let zero = |_| LaunchError::ZeroByte {
+        what: "A path of the private mount",
+    };
+    let text = |path: &Path| CString::new(path.as_os_str().as_bytes()).map_err(zero);
+    let mut steps = vec![MountStep::Tmpfs {
+        at: text(&mount.directory)?,
+    }];
+    for (name, target) in &mount.links {
+        let parents: Vec<_> = name.ancestors().skip(1).collect();
+        for parent in parents.into_iter().rev() {
+            if !parent.as_os_str().is_empty() {
+                steps.push(MountStep::Directory {
+                    at: text(&mount.directory.join(parent))?,
+                });
+            }
+        }
+        steps.push(MountStep::Symlink {
+            target: text(target)?,
+            at: text(&mount.directory.join(name))?,
+        });
+    }
+    Ok(steps)
 }
 
 fn arguments(spec: &LaunchSpec) -> Result<Vec<CString>, LaunchError> {

@@ -1,0 +1,195 @@
+//! `rewake restore`: one snapshot directory to one running VM, which is left running.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use rewake::deadline::Deadline;
+use rewake::envd;
+use rewake::ids::{IfName, SandboxId, TemplateId};
+use rewake::plan::{MemoryMode, RestoreInputs, RootDisk};
+use rewake::restore::{RestoreSpec, Restored, restore};
+use rewake::snapshot::Recorded;
+use rewake::vmm::launch::LaunchSpec;
+
+use super::{Failure, Global, report};
+
+#[derive(Debug, Args)]
+pub(super) struct RestoreArgs {
+    /// The snapshot directory: config.json, state.json, memory-ranges
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+    #[command(flatten)]
+    vmm: VmmArgs,
+    /// Start it in this network namespace, as `ip netns` shows it [default: this one]
+    #[arg(long, value_name = "NAME")]
+    netns: Option<String>,
+    /// Where envd listens, seen from that namespace
+    #[arg(long, value_name = "IP", default_value_t = Ipv4Addr::new(169, 254, 0, 21).into())]
+    guest_ip: IpAddr,
+    /// envd's port
+    #[arg(long, value_name = "PORT", default_value_t = envd::PORT)]
+    guest_port: u16,
+    /// How memory comes back
+    #[arg(long, value_enum, default_value_t = Mode::OnDemand)]
+    memory_mode: Mode,
+    /// Raw image or block device in place of the recorded disk [default: the recorded one]
+    #[arg(long, value_name = "PATH")]
+    disk: Option<PathBuf>,
+    /// Show the disk to Cloud Hypervisor under its recorded path, which lies beneath this
+    /// directory; nobody else sees it
+    #[arg(long, value_name = "DIR", requires = "disk")]
+    sandbox_dir: Option<PathBuf>,
+    /// Tap device in the namespace [default: the recorded one]
+    #[arg(long, value_name = "NAME")]
+    tap: Option<IfName>,
+    /// Map memory files that the snapshot names, as it says: its guest may write to them
+    #[arg(long)]
+    recorded_memory_files: bool,
+    /// Sandbox id [default: a random one]
+    #[arg(long, value_name = "ID")]
+    id: Option<SandboxId>,
+    /// The template that the snapshot belongs to
+    #[arg(long, value_name = "ID")]
+    template: Option<TemplateId>,
+    /// Give up after this many seconds, whatever the limits of the parts [default: none]
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<f64>,
+    /// Where the files of running VMs go
+    #[arg(long, value_name = "DIR", default_value = "/run/rewake")]
+    runtime_dir: PathBuf,
+}
+
+/// How Cloud Hypervisor is started.
+#[derive(Debug, Args)]
+pub(super) struct VmmArgs {
+    /// The cloud-hypervisor binary [default: looked up on PATH]
+    #[arg(long, value_name = "PATH")]
+    pub(super) vmm: Option<PathBuf>,
+    /// A further argument for it; may be repeated
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    vmm_arg: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Mode {
+    /// All of it is read first
+    Copy,
+    /// Page by page, as it is touched
+    OnDemand,
+}
+
+impl VmmArgs {
+    fn launch_spec(&self) -> Result<LaunchSpec, Failure> {
+        let program = match &self.vmm {
+            Some(path) => path.clone(),
+            None => rewake::doctor::find_program("cloud-hypervisor").ok_or(NoVmm)?,
+        };
+        Ok(LaunchSpec {
+            program,
+            args: self.vmm_arg.clone(),
+            ..LaunchSpec::default()
+        })
+    }
+}
+
+/// There is nothing to restore with.
+#[derive(Debug, thiserror::Error)]
+#[error("cloud-hypervisor is not on PATH; name the binary with --vmm, or see rewake doctor")]
+struct NoVmm;
+
+/// Seconds from the command line that are no time.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} seconds are no time limit")]
+struct BadTimeout(f64);
+
+pub(super) fn run(args: &RestoreArgs, global: Global) -> Result<(), Failure> {
+    let deadline = match args.timeout {
+        None => Deadline::NEVER,
+        Some(seconds) => {
+            Deadline::after(Duration::try_from_secs_f64(seconds).map_err(|_| BadTimeout(seconds))?)
+        }
+    };
+    let restored = restore(&spec(args)?, deadline)?;
+    show(&restored, global)?;
+    // The VM stays: from here on whoever reads its pid answers for it.
+    let (_vmm, _steps) = restored.into_parts();
+    Ok(())
+}
+
+fn spec(args: &RestoreArgs) -> Result<RestoreSpec, Failure> {
+    let id = args.id.clone().unwrap_or_else(SandboxId::random);
+    let mut inputs = RestoreInputs::new(id, &args.directory);
+    inputs.template_id.clone_from(&args.template);
+    inputs.tap.clone_from(&args.tap);
+    inputs.memory_mode = match args.memory_mode {
+        Mode::Copy => MemoryMode::Copy,
+        Mode::OnDemand => MemoryMode::OnDemand,
+    };
+    if args.recorded_memory_files {
+        inputs.policy.memory_files = Recorded::Keep;
+    }
+    inputs.disk = match (&args.disk, &args.sandbox_dir) {
+        (None, _) => RootDisk::AsRecorded,
+        (Some(path), None) => RootDisk::At(absolute(path)?),
+        (Some(path), Some(dir)) => RootDisk::AtRecordedPath {
+            device: absolute(path)?,
+            sandbox_dir: absolute(dir)?,
+        },
+    };
+    let guest = SocketAddr::new(args.guest_ip, args.guest_port);
+    let launch = args.vmm.launch_spec()?;
+    let mut spec = RestoreSpec::new(inputs, launch.program.clone(), guest);
+    spec.vmm = launch;
+    spec.runtime_dir = absolute(&args.runtime_dir)?;
+    spec.netns = args.netns.as_deref().map(rewake_sys::netns::named_path);
+    Ok(spec)
+}
+
+fn absolute(path: &std::path::Path) -> Result<PathBuf, Failure> {
+    Ok(std::path::absolute(path)?)
+}
+
+/// What a caller needs to go on with the VM.
+fn show(restored: &Restored, global: Global) -> Result<(), Failure> {
+    if global.json {
+        return report::json(&serde_json::json!({
+            "sandbox_id": restored.sandbox_id.as_str(),
+            "pid": restored.vmm.pid(),
+            "start_time": restored.vmm.start_time(),
+            "api_socket": restored.vmm.api_path(),
+            "vm_dir": restored.vm_dir,
+            "vmm_version": restored.version.to_string(),
+            "vmm_build": restored.build,
+            "stand_in": restored.is_stand_in(),
+            "memory_mode": restored.memory_mode.name(),
+            "memory_bytes": restored.memory.0,
+            "agent": {
+                "family": restored.agent.family.to_string(),
+                "version": restored.agent.version.as_ref().map(ToString::to_string),
+            },
+            "timeline": restored.timeline.to_json(),
+        }));
+    }
+    if restored.is_stand_in() {
+        println!(
+            "This is the stand-in, not Cloud Hypervisor: {}",
+            restored.build
+        );
+    }
+    print!("{}", restored.timeline);
+    println!("sandbox     {}", restored.sandbox_id);
+    let version = restored.agent.version.as_ref();
+    let version = version.map_or_else(String::new, |version| format!(" {version}"));
+    println!("agent       {}{version}", restored.agent.family);
+    println!(
+        "memory      {} ({})",
+        restored.memory,
+        restored.memory_mode.name()
+    );
+    println!("vmm         {}", restored.build);
+    println!("pid         {}", restored.vmm.pid());
+    println!("api socket  {}", restored.vmm.api_path().display());
+    Ok(())
+}

@@ -1,0 +1,164 @@
+//! The synchronous beginning of a restore: check, plan, prepare, start CH.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rewake_sys::netns;
+
+use super::RestoreSpec;
+use super::api::ApiSide;
+use super::error::{Cause, Stage};
+use super::vm_dir::VmDir;
+use crate::deadline::Deadline;
+use crate::envd::ready::Prober;
+use crate::envd::socket::{CurrentNetns, InNetns, Sockets};
+use crate::plan::{self, MemoryMode, Plan};
+use crate::resource::ledger::Ledger;
+use crate::snapshot::{RunDir, RunFiles, SnapshotDir};
+use crate::timeline::{Phase, Timeline};
+use crate::vmm::api::{MemoryRestoreMode, RestoreConfig, file_url};
+use crate::vmm::launch::{self, ApiSocket, FIRST_INHERITED, Vmm};
+use crate::wire::conn::Stream;
+use crate::wire::reactor::TokenRange;
+
+/// How far the beginning has come, for the error if it fails.
+pub(super) struct Start {
+    pub(super) stage: Stage,
+    pub(super) timeline: Timeline,
+    pub(super) ledger: Ledger,
+}
+
+/// What the beginning leaves for the rest.
+pub(super) struct Started {
+    pub(super) plan: Plan,
+    pub(super) api: ApiSide,
+    pub(super) sockets: Sockets,
+    pub(super) vm_dir: PathBuf,
+}
+
+impl Start {
+    pub(super) fn new() -> Self {
+        Self {
+            stage: Stage::Check,
+            timeline: Timeline::start(),
+            ledger: Ledger::new(),
+        }
+    }
+
+    /// Everything up to a CH process with `vm.restore` on its way. What was made is in the
+    /// ledger, also where this fails.
+    pub(super) fn run(
+        &mut self,
+        spec: &RestoreSpec,
+        deadline: Deadline,
+        api_tokens: TokenRange,
+    ) -> Result<(Started, Vmm), Cause> {
+        let snapshot = SnapshotDir::open(&spec.inputs.snapshot_dir, &spec.snapshot_limits)?;
+        self.timeline.mark(Phase::SnapshotChecked);
+
+        self.stage = Stage::Plan;
+        let vm_dir = VmDir::choose(&spec.runtime_dir, &spec.inputs.sandbox_id);
+        let plan = plan::plan(&spec.inputs, &snapshot, &vm_dir.vsock_socket())?;
+
+        self.stage = Stage::Prepare;
+        let netns = spec.netns.as_deref().map(open_netns).transpose()?;
+        vm_dir
+            .create(&mut self.ledger)
+            .map_err(|source| Cause::File {
+                path: vm_dir.path().to_owned(),
+                source,
+            })?;
+        let memory = write_snapshot(&vm_dir, &plan, &snapshot)?;
+        let (socket, stream) = ApiSocket::bind(&vm_dir.api_socket())?;
+        let api = queue_restore(&vm_dir, stream, &plan, spec, deadline, api_tokens)?;
+        self.timeline.mark(Phase::Planned);
+
+        self.stage = Stage::Launch;
+        let mut launch_spec = spec.vmm.clone();
+        launch_spec.private_mount.clone_from(&plan.private_mount);
+        let vmm = launch::launch(
+            &launch_spec,
+            socket,
+            netns.as_ref().map(AsFd::as_fd),
+            memory.as_slice(),
+            &mut self.ledger,
+        )?;
+        self.timeline.mark(Phase::Spawned);
+
+        // CH takes milliseconds to come up: time to make the probes' sockets.
+        let sockets = sockets_in(netns, spec)?;
+        let vm_dir = vm_dir.path().to_owned();
+        let started = Started {
+            plan,
+            api,
+            sockets,
+            vm_dir,
+        };
+        Ok((started, vmm))
+    }
+}
+
+fn open_netns(path: &Path) -> Result<OwnedFd, Cause> {
+    netns::open(path).map_err(|source| Cause::Netns {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Writes what CH is given to restore. The result is the memory file that it must inherit
+/// as its first descriptor.
+fn write_snapshot<'a>(
+    vm_dir: &VmDir,
+    plan: &Plan,
+    snapshot: &'a SnapshotDir,
+) -> Result<Option<BorrowedFd<'a>>, Cause> {
+    let memory = snapshot.memory().map(AsFd::as_fd);
+    let inherited = PathBuf::from(format!("/proc/self/fd/{FIRST_INHERITED}"));
+    let files = RunFiles {
+        config: &plan.config,
+        state: snapshot.state().as_bytes(),
+        memory: memory.map(|_| inherited.as_path()),
+    };
+    RunDir::create(&vm_dir.snapshot(), &files)?;
+    Ok(memory)
+}
+
+fn queue_restore(
+    vm_dir: &VmDir,
+    stream: std::os::unix::net::UnixStream,
+    plan: &Plan,
+    spec: &RestoreSpec,
+    deadline: Deadline,
+    tokens: TokenRange,
+) -> Result<ApiSide, Cause> {
+    let config = RestoreConfig {
+        source_url: file_url(&vm_dir.snapshot())?,
+        memory_restore_mode: match plan.memory_mode {
+            MemoryMode::OnDemand => MemoryRestoreMode::OnDemand,
+            MemoryMode::Copy => MemoryRestoreMode::Copy,
+        },
+        resume: true,
+        ..RestoreConfig::default()
+    };
+    let stream = Stream::from_connected(stream).map_err(Cause::Socket)?;
+    let budget = spec.budgets.for_api(plan.memory_mode, plan.memory);
+    Ok(ApiSide::restore(
+        stream,
+        &config,
+        deadline.within(budget),
+        tokens,
+    )?)
+}
+
+fn sockets_in(netns: Option<OwnedFd>, spec: &RestoreSpec) -> Result<Sockets, Cause> {
+    let Some(netns) = netns else {
+        return Ok(Arc::new(CurrentNetns));
+    };
+    let shelf =
+        netns::tcp_sockets(netns.as_fd(), Prober::TOKENS).map_err(|source| Cause::Netns {
+            path: spec.netns.clone().unwrap_or_default(),
+            source,
+        })?;
+    Ok(Arc::new(InNetns::with_shelf(netns, shelf)))
+}
