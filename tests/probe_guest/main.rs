@@ -22,4 +22,6 @@ mod tcp;
 
 mod frames;
 mod image;
+mod lab;
+mod life;
 mod words;
