@@ -6,6 +6,7 @@
 //! ```
 
 mod address;
+mod check;
 pub mod conntrack;
 mod create;
 mod error;

@@ -1,0 +1,180 @@
+//! One network slot: rewake against the conventional command sequence, interleaved.
+//!
+//!     cargo bench --bench net [-- ROUNDS]
+//!
+//! The host is a namespace with a pretend uplink, so nothing reaches the machine's own
+//! links. Every slot that is built is checked before it counts. Needs root, `ip`,
+//! `iptables` and `sysctl`.
+
+#[path = "../tests/netlab/mod.rs"]
+mod netlab;
+
+use std::os::fd::AsFd;
+use std::process::Command;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use netlab::{Lab, UPLINK, soon};
+use rewake::fault::Faults;
+use rewake::ids::SlotIndex;
+use rewake::resource::net::HostNet;
+use rewake_sys::netns;
+
+const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/conventional-slot.sh");
+const THREADS: usize = 8;
+/// Indices that the conventional sequence uses, far from those handed out.
+const CONVENTIONAL: u16 = 20_000;
+
+fn main() {
+    let rounds = std::env::args().find_map(|argument| argument.parse().ok());
+    let rounds: usize = rounds.unwrap_or(60);
+    let Some(lab) = Lab::new("bench net") else {
+        return;
+    };
+    let host = lab.open(Faults::NONE);
+    print_machine();
+    println!(
+        "built as {}",
+        if cfg!(debug_assertions) {
+            "debug"
+        } else {
+            "release"
+        }
+    );
+
+    let mut ours = Samples::default();
+    let mut ours_gone = Samples::default();
+    let mut theirs = Samples::default();
+    let mut theirs_gone = Samples::default();
+    for round in 0..rounds {
+        let started = Instant::now();
+        let slot = host.create("bench", soon()).expect("a slot");
+        ours.add(started);
+        host.check(&slot, soon()).expect("an undamaged slot");
+        let started = Instant::now();
+        host.destroy(slot, soon()).expect("removal");
+        ours_gone.add(started);
+
+        let index = CONVENTIONAL + u16::try_from(round % 1000).expect("below 1000");
+        theirs.push(conventional(&lab, &host, "create", index));
+        check_conventional(&lab, &host, index);
+        theirs_gone.push(conventional(&lab, &host, "destroy", index));
+    }
+    ours.print("rewake: create a slot");
+    theirs.print("ip, sysctl, iptables: create a slot");
+    ours_gone.print("rewake: destroy a slot");
+    theirs_gone.print("ip, iptables: destroy a slot");
+    println!(
+        "ratio of medians: create {:.1}, destroy {:.1}",
+        theirs.median().as_secs_f64() / ours.median().as_secs_f64(),
+        theirs_gone.median().as_secs_f64() / ours_gone.median().as_secs_f64(),
+    );
+    parallel(&host, rounds);
+}
+
+/// Eight threads at once: no errors, and the tail.
+fn parallel(host: &HostNet, rounds: usize) {
+    let (created, destroyed) = (
+        Mutex::new(Samples::default()),
+        Mutex::new(Samples::default()),
+    );
+    let started = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                for _ in 0..rounds {
+                    let started = Instant::now();
+                    let slot = host.create("bench", soon()).expect("a slot");
+                    created.lock().expect("no panic").add(started);
+                    host.check(&slot, soon()).expect("an undamaged slot");
+                    let started = Instant::now();
+                    host.destroy(slot, soon()).expect("removal");
+                    destroyed.lock().expect("no panic").add(started);
+                }
+            });
+        }
+    });
+    let elapsed = started.elapsed();
+    let created = created.into_inner().expect("no panic");
+    created.print(&format!("rewake: create, {THREADS} threads"));
+    let destroyed = destroyed.into_inner().expect("no panic");
+    destroyed.print(&format!("rewake: destroy, {THREADS} threads"));
+    let total = THREADS * rounds;
+    println!(
+        "{THREADS} threads: {total} slots, 0 errors, {:.0} slots built and removed per second",
+        total as f64 / elapsed.as_secs_f64()
+    );
+}
+
+fn conventional(lab: &Lab, host: &HostNet, action: &str, index: u16) -> Duration {
+    let arguments = [action, &host.config().prefix, &index.to_string(), UPLINK];
+    netns::run_in(lab.host.as_fd(), || {
+        let started = Instant::now();
+        let output = Command::new(SCRIPT)
+            .args(arguments)
+            .output()
+            .expect("the script");
+        let elapsed = started.elapsed();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{action} {index}: {stderr}");
+        elapsed
+    })
+    .expect("the host's namespace")
+}
+
+fn check_conventional(lab: &Lab, host: &HostNet, index: u16) {
+    let plan = host.config().slot(SlotIndex::new(index).expect("in range"));
+    let route = lab.on_host(&format!("route get {}", plan.host_address));
+    assert!(route.contains(&plan.veth), "{route}");
+}
+
+#[derive(Default)]
+struct Samples(Vec<Duration>);
+
+impl Samples {
+    fn add(&mut self, started: Instant) {
+        self.push(started.elapsed());
+    }
+
+    fn push(&mut self, sample: Duration) {
+        self.0.push(sample);
+    }
+
+    fn at(&self, fraction: f64) -> Duration {
+        let mut sorted = self.0.clone();
+        sorted.sort();
+        let last = sorted.len() - 1;
+        sorted[(last as f64 * fraction).round() as usize]
+    }
+
+    fn median(&self) -> Duration {
+        self.at(0.5)
+    }
+
+    fn print(&self, what: &str) {
+        println!(
+            "{what:38} median {:9.3?}  p99 {:9.3?}  min {:9.3?}  n {}",
+            self.median(),
+            self.at(0.99),
+            self.at(0.0),
+            self.0.len()
+        );
+    }
+}
+
+fn print_machine() {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let cpu = read("/proc/cpuinfo");
+    let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name"));
+    let commit = Command::new("git")
+        .args(["rev-parse", "--short", "HEAD"])
+        .output();
+    let commit = commit.map(|it| String::from_utf8_lossy(&it.stdout).trim().to_owned());
+    println!(
+        "commit {}, Linux {}, {} x {}",
+        commit.unwrap_or_default(),
+        read("/proc/sys/kernel/osrelease").trim(),
+        std::thread::available_parallelism().map_or(0, usize::from),
+        cpu.unwrap_or_default().trim_start_matches([' ', '\t', ':'])
+    );
+}
