@@ -15,6 +15,8 @@ use rewake_sys::CallError;
 use rewake_sys::process::{self, Process};
 use serde::{Deserialize, Serialize};
 
+use super::net::{NetError, NetStep};
+use super::slot::{self, SlotError};
 use crate::deadline::Deadline;
 
 /// How long a killed process may take to be gone; its memory is unmapped meanwhile.
@@ -42,6 +44,19 @@ pub enum Step {
         /// Field 22 of its `stat`; another one means another process.
         start_time: u64,
     },
+    /// The index of a network slot, by its file and the token of this use. Undone after
+    /// everything that hangs off the slot.
+    Slot {
+        /// The slot file.
+        path: PathBuf,
+        /// What tells this use of the index from others.
+        token: String,
+    },
+    /// A kernel object of a network slot.
+    Net {
+        /// Which one.
+        net: NetStep,
+    },
 }
 
 impl fmt::Display for Step {
@@ -49,6 +64,8 @@ impl fmt::Display for Step {
         match self {
             Self::Directory { path } => write!(f, "directory {}", path.display()),
             Self::Process { pid, .. } => write!(f, "process {pid}"),
+            Self::Slot { path, .. } => write!(f, "slot {}", path.display()),
+            Self::Net { net } => fmt::Display::fmt(net, f),
         }
     }
 }
@@ -79,6 +96,12 @@ pub enum UndoError {
         /// Its pid.
         pid: u32,
     },
+    /// A slot's index could not be freed.
+    #[error(transparent)]
+    Slot(SlotError),
+    /// An object of a network slot could not be removed.
+    #[error(transparent)]
+    Net(NetError),
 }
 
 impl Step {
@@ -90,6 +113,10 @@ impl Step {
         match self {
             Self::Directory { path } => remove_directory(path),
             Self::Process { pid, start_time } => end_process(*pid, *start_time, deadline),
+            Self::Slot { path, token } => {
+                slot::release_by_token(path, token).map_err(UndoError::Slot)
+            }
+            Self::Net { net } => net.undo(deadline).map_err(UndoError::Net),
         }
     }
 }

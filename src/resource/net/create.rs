@@ -13,6 +13,7 @@ use super::host::{HostNet, Sockets};
 use super::{NetStep, SlotPlan, link, namespace};
 use crate::deadline::Deadline;
 use crate::ids::SlotIndex;
+use crate::resource::ledger::Step;
 use crate::resource::slot::{ProcessIdentity, SlotError, SlotLease};
 
 /// A slot that stands: namespace, links, addresses, routes.
@@ -65,6 +66,18 @@ impl Slot {
     #[must_use]
     pub fn steps(&self) -> &[NetStep] {
         &self.steps
+    }
+
+    /// The same as steps of a ledger, the slot's index first. The slot itself must be dropped
+    /// before they are undone.
+    #[must_use]
+    pub fn ledger_steps(&self) -> Vec<Step> {
+        let index = self.lease.record().map(|record| Step::Slot {
+            path: self.lease.path().to_owned(),
+            token: record.token.clone(),
+        });
+        let steps = self.steps.iter().cloned().map(|net| Step::Net { net });
+        index.into_iter().chain(steps).collect()
     }
 
     /// The lock and record behind the slot.

@@ -131,6 +131,28 @@ pub(super) fn remove(batch: &mut Batch, name: &str, index: u32) {
     );
 }
 
+/// Puts a link into a group.
+pub(super) fn regroup(batch: &mut Batch, name: &str, index: u32, group: u32) {
+    let link = LinkUnspec::new_with_index(index).link_group(group).build();
+    batch.route(
+        format!("group link {name}"),
+        0,
+        &RouteNetlinkMessage::SetLink(link),
+    );
+}
+
+/// Removal of all links of a group at once.
+pub(super) fn remove_group(batch: &mut Batch, group: u32) {
+    let link = LinkMessageBuilder::<LinkUnspec>::new()
+        .link_group(group)
+        .build();
+    batch.route(
+        "remove a group of links",
+        0,
+        &RouteNetlinkMessage::DelLink(link),
+    );
+}
+
 /// A request that matches all links.
 pub(super) fn any() -> LinkMessage {
     LinkMessageBuilder::<LinkUnspec>::new().build()
@@ -170,6 +192,7 @@ pub(super) struct LinkFacts {
     pub(super) index: u32,
     pub(super) mac: Option<Mac>,
     pub(super) up: bool,
+    pub(super) group: u32,
 }
 
 pub(super) fn facts(link: &LinkMessage) -> LinkFacts {
@@ -178,10 +201,12 @@ pub(super) fn facts(link: &LinkMessage) -> LinkFacts {
         name: String::new(),
         index: link.header.index,
         mac: None,
+        group: 0,
         up: link.header.flags.contains(LinkFlags::Up),
     };
     for attribute in &link.attributes {
         match attribute {
+            LinkAttribute::Group(group) => facts.group = *group,
             LinkAttribute::IfName(name) => facts.name.clone_from(name),
             LinkAttribute::Address(bytes) => {
                 facts.mac = bytes.as_slice().try_into().ok().map(Mac);

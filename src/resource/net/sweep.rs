@@ -110,35 +110,9 @@ impl HostNet {
     /// # Errors
     /// [`SlotFailure`] with what is left.
     pub fn reclaim(&self, lease: SlotLease, deadline: Deadline) -> Result<(), SlotFailure> {
-        let index = lease.index();
-        let failure = |source, leftovers| SlotFailure {
-            index,
-            source,
-            leftovers,
-        };
-        // A slot whose VMM may still run keeps everything.
-        match lease.running_vmm() {
-            Ok(None) => {}
-            Ok(Some(vmm)) => {
-                let error = SlotError::StillRuns {
-                    index,
-                    pid: vmm.pid,
-                };
-                return Err(failure(error.into(), Vec::new()));
-            }
-            Err(error) => return Err(failure(error.into(), Vec::new())),
+        match self.reclaim_all(vec![lease], deadline).pop() {
+            None => Ok(()),
+            Some(failure) => Err(failure),
         }
-        let mut steps = lease
-            .record()
-            .map(|record| record.steps.clone())
-            .unwrap_or_default();
-        let mut leftovers = self.unwind(&mut steps, deadline);
-        if !leftovers.is_empty() {
-            let first = leftovers.remove(0);
-            return Err(failure(first.error, leftovers));
-        }
-        lease
-            .release()
-            .map_err(|held| failure(held.error.into(), Vec::new()))
     }
 }
