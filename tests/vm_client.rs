@@ -17,10 +17,7 @@ use rewake::deadline::Deadline;
 use rewake::resource::ledger::Ledger;
 use rewake::snapshot::{SnapshotDir, SnapshotLimits};
 use rewake::units::Bytes;
-use rewake::vm_config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig,
-    SerialConfig, VmConfig, VsockConfig,
-};
+use rewake::vm_config::NetConfig;
 use rewake::vmm::api::{Client, MemoryRestoreMode, Resize, RestoreConfig, VmState, file_url};
 use rewake::vmm::events::{EventKind, EventParser};
 use rewake::vmm::launch::{ApiSocket, LaunchSpec, StopLimits, Vmm, launch};
@@ -90,44 +87,6 @@ impl Launched {
     }
 }
 
-fn config(scratch: &Scratch, disk: &Path) -> VmConfig {
-    VmConfig {
-        cpus: CpusConfig {
-            boot_vcpus: 1,
-            max_vcpus: 1,
-            ..CpusConfig::default()
-        },
-        memory: MemoryConfig {
-            size: GUEST_MEMORY_BYTES,
-            ..MemoryConfig::default()
-        },
-        payload: Some(PayloadConfig {
-            kernel: Some(machine::GUEST_KERNEL.into()),
-            initramfs: Some(machine::GUEST_INITRD.into()),
-            cmdline: Some(machine::GUEST_COMMAND_LINE.to_owned()),
-            ..PayloadConfig::default()
-        }),
-        disks: Some(vec![DiskConfig::raw(disk)]),
-        net: Some(vec![NetConfig {
-            tap: Some("tap0".to_owned()),
-            mac: Some(machine::GUEST_MAC.parse().unwrap()),
-            ..NetConfig::default()
-        }]),
-        balloon: Some(BalloonConfig::default()),
-        vsock: Some(VsockConfig {
-            id: None,
-            iommu: false,
-            pci_segment: 0,
-            pci_device_id: None,
-            cid: 3,
-            socket: scratch.join("vsock"),
-        }),
-        serial: SerialConfig::OFF,
-        console: ConsoleConfig::OFF,
-        ..VmConfig::default()
-    }
-}
-
 /// Waits until the guest has done what was asked of it.
 fn await_true(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
@@ -191,7 +150,9 @@ fn vm_client_takes_a_linux_guest_through_its_life() {
     let mut first = Launched::new(&namespace, &socket);
     let client = &mut first.client;
     assert!(client.info(soon()).unwrap_err().is_vm_missing());
-    client.create(&config(&scratch, &disk), soon()).unwrap();
+    client
+        .create(&machine::guest_config(&disk, &scratch), soon())
+        .unwrap();
     assert_eq!(client.info(soon()).unwrap().state, VmState::Created);
     assert!(client.pause(soon()).unwrap_err().is_not_running());
     client.boot(soon()).unwrap();

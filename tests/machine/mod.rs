@@ -1,8 +1,8 @@
 //! What tests inside the test machine (`tests/vm`) stand on: a namespace with a tap, a
 //! Linux guest under real Cloud Hypervisor started by hand, and a look into the guest.
 //!
-//! Everything here is done with the tools an operator would use (`ip`, the command line of
-//! Cloud Hypervisor, plain HTTP) and not with the code under test.
+//! What a test judges by is done with the tools an operator would use (`ip`, the command line
+//! of Cloud Hypervisor, plain HTTP) and not with the code under test.
 #![allow(dead_code, reason = "each test binary uses its part of it")]
 
 use std::ffi::OsStr;
@@ -15,6 +15,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rewake::vm_config::{
+    BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig,
+    SerialConfig, VmConfig, VsockConfig,
+};
 use serde_json::Value;
 
 /// The address of the guest, its gateway on the tap, and the ports in it.
@@ -388,6 +392,11 @@ impl Vm {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    #[must_use]
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     pub(crate) fn api(&self, method: &str, operation: &str, body: &str) -> Value {
         api(&self.socket, method, operation, body)
     }
@@ -450,4 +459,43 @@ pub(crate) fn plain_options(disk: &Path, scratch: &Scratch) -> Vec<String> {
     .into_iter()
     .map(str::to_owned)
     .collect()
+}
+
+/// The same VM as rewake's own types say it: image type given, consoles off, balloon empty.
+pub(crate) fn guest_config(disk: &Path, scratch: &Scratch) -> VmConfig {
+    VmConfig {
+        cpus: CpusConfig {
+            boot_vcpus: 1,
+            max_vcpus: 1,
+            ..CpusConfig::default()
+        },
+        memory: MemoryConfig {
+            size: GUEST_MEMORY_BYTES,
+            ..MemoryConfig::default()
+        },
+        payload: Some(PayloadConfig {
+            kernel: Some(GUEST_KERNEL.into()),
+            initramfs: Some(GUEST_INITRD.into()),
+            cmdline: Some(GUEST_COMMAND_LINE.to_owned()),
+            ..PayloadConfig::default()
+        }),
+        disks: Some(vec![DiskConfig::raw(disk)]),
+        net: Some(vec![NetConfig {
+            tap: Some("tap0".to_owned()),
+            mac: Some(GUEST_MAC.parse().unwrap()),
+            ..NetConfig::default()
+        }]),
+        balloon: Some(BalloonConfig::default()),
+        vsock: Some(VsockConfig {
+            id: None,
+            iommu: false,
+            pci_segment: 0,
+            pci_device_id: None,
+            cid: 3,
+            socket: scratch.join("vsock"),
+        }),
+        serial: SerialConfig::OFF,
+        console: ConsoleConfig::OFF,
+        ..VmConfig::default()
+    }
 }
