@@ -394,3 +394,138 @@ fn a_kept_connection_that_died_costs_no_more_than_a_new_one() {
         assert_eq!(reused, connections == 1, "{name}");
     }
 }
+
+/// What an agent really sent, from `fixtures/envd`.
+fn recorded(name: &str) -> Act {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/envd");
+    let bytes = std::fs::read(path.join(name)).unwrap();
+    match name.strip_suffix(".json") {
+        Some(_) => Act::json(std::str::from_utf8(&bytes).unwrap()),
+        None => Act::Send(bytes),
+    }
+}
+
+#[test]
+fn recorded_answers_are_understood() {
+    let guest = FakeEnvd::start(&[
+        ("GET /health", &[recorded("health.response")]),
+        (INIT, &[recorded("init.response")]),
+        ("GET /metrics", &[recorded("metrics.response")]),
+        ("GET /activity", &[recorded("activity.json")]),
+        ("GET /envs", &[recorded("envs.response")]),
+        ("POST /snapshot/prepare", &[recorded("prepare.response")]),
+        (PRELOAD, &[recorded("no-preload-get.response")]),
+    ]);
+    let init = Init {
+        env: BTreeMap::from([("K".into(), "V".into())]),
+        ..Init::new()
+    };
+    let client = client_of(&guest, init.lifecycle, ClientOptions::default());
+    let version = client.version(soon()).unwrap().unwrap();
+    assert_eq!(version.as_str(), "0.2.0");
+    assert_eq!(client.dialect(soon()).unwrap(), Dialect::WrennFirecracker);
+    client.init(&init, soon()).unwrap();
+    assert_eq!(client.verify_applied(&init, soon()).unwrap(), Applied::Yes);
+    let metrics = client.metrics(soon()).unwrap();
+    assert_eq!(metrics.ts, Some(1_795_447_294));
+    assert_eq!(metrics.mem_total, Some(25_276_502_016));
+    assert_eq!(metrics.mem_cache, None);
+    let activity = client.activity(soon()).unwrap();
+    assert_eq!(activity.cpu_used_pct, Some(4.98));
+    client.prepare_snapshot(Bytes::gib(1), soon()).unwrap();
+}
+
+#[test]
+fn recorded_refusals_of_init_are_told_in_the_agents_words() {
+    for (name, status, words) in [
+        (
+            "init-empty.response",
+            400,
+            "EOF while parsing a value at line 1 column 0",
+        ),
+        ("init-cut.response", 400, "envVars: EOF while parsing"),
+        (
+            "init-wrong-type.response",
+            422,
+            "invalid type: integer `1`, expected a string",
+        ),
+        (
+            "init-other-type.response",
+            415,
+            "Expected request with `Content-Type",
+        ),
+        ("init-too-long.response", 413, "length limit exceeded"),
+        (
+            "init-token-refused.response",
+            401,
+            "access token validation failed",
+        ),
+        (
+            "init-token-reset.response",
+            401,
+            "access token reset not authorized",
+        ),
+    ] {
+        let guest = FakeEnvd::start(&[(INIT, &[recorded(name)])]);
+        let init = Init::new();
+        let client = client_of(&guest, init.lifecycle, ClientOptions::default());
+        let error = client.init(&init, soon()).unwrap_err();
+        assert_eq!(error.status(), Some(status), "{name}");
+        assert!(error.to_string().contains(words), "{name}: {error}");
+        assert_eq!(guest.asked().len(), 1, "{name}");
+    }
+}
+
+#[test]
+fn recorded_states_of_the_preload_are_read_by_their_state_alone() {
+    for (name, state, pages) in [
+        ("preload-idle.json", WalkState::Idle, 0),
+        ("preload-stale-idle.json", WalkState::Idle, 20_480),
+        ("preload-running.json", WalkState::Running, 29_696),
+        ("preload-done.json", WalkState::Done, 101_376),
+        ("preload-cancelled.json", WalkState::Cancelled, 0),
+        ("preload-failed.json", WalkState::Failed, 20_480),
+    ] {
+        let guest = FakeEnvd::start(&[(PRELOAD, &[recorded(name)])]);
+        let status = client(&guest).preload_status(soon()).unwrap();
+        assert_eq!((status.state, status.pages), (state, pages), "{name}");
+    }
+    for (name, code) in [
+        ("no-preload-get.response", 404),
+        ("no-preload-post.response", 415),
+    ] {
+        let guest = FakeEnvd::start(&[(PRELOAD, &[recorded(name)])]);
+        let error = client(&guest).preload_status(soon()).unwrap_err();
+        assert!(
+            matches!(error, ClientError::NoPreload { status } if status == code),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn the_guests_fin_is_seen_before_a_call_returns() {
+    // The agent answers, and closes its end a little later.
+    let answer = b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n".to_vec();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let lag = Duration::from_millis(60);
+    let server = std::thread::spawn(move || {
+        use std::io::{Read, Write};
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut request = [0; 1024];
+        let _ = stream.read(&mut request).unwrap();
+        stream.write_all(&answer).unwrap();
+        std::thread::sleep(lag);
+    });
+    let incarnation = Incarnation {
+        sandbox: SandboxId::random(),
+        lifecycle: Lifecycle::random(),
+    };
+    let client = Client::new(address, incarnation, ClientOptions::default());
+    let begun = Instant::now();
+    client.prepare_snapshot(Bytes::gib(1), soon()).unwrap();
+    assert!(begun.elapsed() >= lag, "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < lag + Duration::from_millis(200));
+    server.join().unwrap();
+}

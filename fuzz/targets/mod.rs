@@ -24,6 +24,7 @@ macro_rules! targets {
 targets! {
     canary
     chunked
+    envd_json
     http_response
 }
 

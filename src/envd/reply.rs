@@ -22,12 +22,21 @@ pub enum ReplyError {
     /// Not JSON, not of the expected shape, or past [`LIMITS`].
     #[error("The answer is refused")]
     Json(#[from] JsonError),
+    /// Not an object, or not in UTF-8.
+    #[error("The answer is not a JSON object in UTF-8")]
+    NoObject,
     /// `/memory/preload` named a state that is not known here.
     #[error("Unknown preload state \"{0}\"")]
     UnknownState(GuestText),
 }
 
+/// The derived readers would take an array for its fields in order, and would not look at the
+/// encoding of what they skip.
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ReplyError> {
+    let is_object = body.trim_ascii_start().starts_with(b"{");
+    if body.len() <= LIMITS.bytes && !(is_object && std::str::from_utf8(body).is_ok()) {
+        return Err(ReplyError::NoObject);
+    }
     Ok(from_slice_bounded(body, LIMITS)?)
 }
 
@@ -200,9 +209,16 @@ mod tests {
             ("not JSON", "done"),
             ("empty", ""),
             ("an array", r#"["done"]"#),
+            ("the fields in order", r#"["done",1,1,1,1.0,"",null]"#),
         ] {
             assert!(preload_status(body.as_bytes()).is_err(), "{name}");
         }
+    }
+
+    #[test]
+    fn what_is_skipped_must_be_text_too() {
+        let broken = b"{\"state\":\"done\",\"x\":\"\xff\"}";
+        assert!(matches!(preload_status(broken), Err(ReplyError::NoObject)));
     }
 
     #[test]
