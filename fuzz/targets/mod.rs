@@ -22,10 +22,13 @@ macro_rules! targets {
 
 // One line per target.
 targets! {
+    api_error
     canary
     chunked
     envd_json
     http_response
+    vm_config
+    vmm_events
 }
 
 /// A small generator for choices that must depend on nothing but the input.
