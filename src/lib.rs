@@ -38,3 +38,6 @@ pub mod probe_guest;
 pub mod doctor;
 // The phases of every operation, with times.
 pub mod timeline;
+// A stand-in for the `cloud-hypervisor` binary, for machines without KVM and for tests.
+#[cfg(feature = "sim")]
+pub mod sim;

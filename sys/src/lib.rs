@@ -4,6 +4,7 @@
 //! error ([`CallError`]); what object the call was about is for the layer above to say.
 
 pub mod error;
+pub mod inherited;
 pub mod kvm;
 pub mod netns;
 pub mod process;

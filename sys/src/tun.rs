@@ -13,6 +13,9 @@ const TUNSETPERSIST: Opcode = ioctl::opcode::write::<libc::c_int>(b'T', 203);
 const TUNSETOWNER: Opcode = ioctl::opcode::write::<libc::c_int>(b'T', 204);
 const TUNSETVNETHDRSZ: Opcode = ioctl::opcode::write::<libc::c_int>(b'T', 216);
 const TUNSETOFFLOAD: Opcode = ioctl::opcode::write::<libc::c_uint>(b'T', 208);
+// The driver answers these two of `linux/sockios.h` on its own descriptor.
+const SIOCGIFHWADDR: Opcode = libc::SIOCGIFHWADDR as Opcode;
+const SIOCSIFHWADDR: Opcode = libc::SIOCSIFHWADDR as Opcode;
 
 /// `struct ifreq` of `linux/if.h`, as far as the tun driver reads it: name and flags.
 #[repr(C)]
@@ -22,9 +25,21 @@ struct InterfaceRequest {
     padding: [u8; 22],
 }
 
+/// `struct ifreq` with a hardware address in it.
+#[repr(C)]
+struct AddressRequest {
+    name: [u8; libc::IFNAMSIZ],
+    family: libc::sa_family_t,
+    address: [u8; 14],
+    padding: [u8; 8],
+}
+
 const _: () = {
     assert!(size_of::<InterfaceRequest>() == size_of::<libc::ifreq>());
     assert!(std::mem::offset_of!(InterfaceRequest, flags) == 16);
+    assert!(size_of::<AddressRequest>() == size_of::<libc::ifreq>());
+    assert!(std::mem::offset_of!(AddressRequest, family) == 16);
+    assert!(std::mem::offset_of!(AddressRequest, address) == 18);
 };
 
 /// How frames look on a tap's descriptor.
@@ -135,6 +150,96 @@ impl Tap {
         .named("TUNSETVNETHDRSZ")
     }
 
+    /// A tap that somebody else has opened and passed on.
+    #[must_use]
+    pub fn adopt(fd: OwnedFd) -> Self {
+        let name = String::new();
+        Self { fd, name }
+    }
+
+    /// The MAC address of the interface.
+    ///
+    /// # Errors
+    /// What the ioctl says; `EBADFD` where the descriptor is attached to no interface.
+    #[doc(alias = "SIOCGIFHWADDR")]
+    pub fn hardware_address(&self) -> Result<[u8; 6], CallError> {
+        let mut request = AddressRequest {
+            name: [0; libc::IFNAMSIZ],
+            family: 0,
+            address: [0; 14],
+            padding: [0; 8],
+        };
+        // SAFETY: SIOCGIFHWADDR reads and writes one `struct ifreq`; the type has its size
+        // and layout (asserted above) and outlives the call.
+        unsafe {
+            ioctl::ioctl(
+                &self.fd,
+                ioctl::Updater::<SIOCGIFHWADDR, _>::new(&mut request),
+            )
+        }
+        .named("SIOCGIFHWADDR")?;
+        let mut address = [0; 6];
+        address.copy_from_slice(&request.address[..6]);
+        Ok(address)
+    }
+
+    /// Gives the interface another MAC address.
+    ///
+    /// # Errors
+    /// What the ioctl says; `EPERM` without `CAP_NET_ADMIN`.
+    #[doc(alias = "SIOCSIFHWADDR")]
+    pub fn set_hardware_address(&self, address: [u8; 6]) -> Result<(), CallError> {
+        let mut request = AddressRequest {
+            name: [0; libc::IFNAMSIZ],
+            family: libc::ARPHRD_ETHER,
+            address: [0; 14],
+            padding: [0; 8],
+        };
+        request.address[..6].copy_from_slice(&address);
+        // SAFETY: SIOCSIFHWADDR reads one `struct ifreq`; the type has its size and layout
+        // (asserted above) and outlives the call.
+        unsafe {
+            ioctl::ioctl(
+                &self.fd,
+                ioctl::Updater::<SIOCSIFHWADDR, _>::new(&mut request),
+            )
+        }
+        .named("SIOCSIFHWADDR")
+    }
+
+    /// Brings the interface up, unless it is up already.
+    ///
+    /// # Errors
+    /// What the ioctls say; `EPERM` without `CAP_NET_ADMIN`.
+    #[doc(alias = "SIOCSIFFLAGS")]
+    pub fn bring_up(&self) -> Result<(), CallError> {
+        let socket = crate::netns::tcp_socket()?;
+        let mut request = InterfaceRequest {
+            name: [0; libc::IFNAMSIZ],
+            flags: 0,
+            padding: [0; 22],
+        };
+        request.name[..self.name.len()].copy_from_slice(self.name.as_bytes());
+        // SAFETY: SIOCGIFFLAGS reads and writes one `struct ifreq`; the type has its size and
+        // layout (asserted above) and outlives the call.
+        unsafe {
+            const GET: Opcode = libc::SIOCGIFFLAGS as Opcode;
+            ioctl::ioctl(&socket, ioctl::Updater::<GET, _>::new(&mut request))
+        }
+        .named("SIOCGIFFLAGS")?;
+        let up = libc::IFF_UP as libc::c_short;
+        if request.flags & up != 0 {
+            return Ok(());
+        }
+        request.flags |= up;
+        // SAFETY: SIOCSIFFLAGS reads one `struct ifreq`; as above.
+        unsafe {
+            const SET: Opcode = libc::SIOCSIFFLAGS as Opcode;
+            ioctl::ioctl(&socket, ioctl::Updater::<SET, _>::new(&mut request))
+        }
+        .named("SIOCSIFFLAGS")
+    }
+
     /// The descriptor.
     #[must_use]
     pub fn into_fd(self) -> OwnedFd {
@@ -169,6 +274,10 @@ mod tests {
             tap.set_persistent(true)?;
             tap.set_vnet_header_len(12)?;
             tap.set_offload(0)?;
+            tap.set_hardware_address([2, 0, 0, 0, 0, 9])?;
+            assert_eq!(tap.hardware_address()?, [2, 0, 0, 0, 0, 9]);
+            tap.bring_up()?;
+            tap.bring_up()?;
             let second = Tap::open("tap0", options).unwrap_err();
             assert!(second.is_busy(), "{second}");
             drop(tap);

@@ -1,0 +1,899 @@
+//! The VMM: its one VM, the states it can be in, and what every operation does to it.
+//!
+//! Errors are the chains that v53 answers with, reproduced from runs of the real binary;
+//! where several are possible, the order of checks is that of `vmm/src/lib.rs`.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use mio::Registry;
+use mio::event::Event;
+use mio::net::TcpListener;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::cli::Tuning;
+use super::config::{self, Memory};
+use super::devices::{self, Devices, Kind, device_tree, pci_devices};
+use super::fault::What;
+use super::guest::{BootWords, Guest, Wire};
+use super::ram::{self, Chain, Ram};
+use super::report::{Level, Log, Monitor};
+use super::snapshot;
+use crate::wire::reactor::{TokenRange, earliest};
+
+/// Why a request is refused: its status and its chain, outermost first.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) status: u16,
+    pub(super) chain: Chain,
+}
+
+pub(super) type Outcome = Result<Option<Value>, Refusal>;
+
+/// Body of vm.restore.
+#[derive(Debug, Default, Clone, Deserialize)]
+pub(super) struct RestoreConfig {
+    pub(super) source_url: String,
+    #[serde(default)]
+    pub(super) prefault: bool,
+    #[serde(default)]
+    pub(super) memory_restore_mode: RestoreMode,
+    #[serde(default)]
+    pub(super) net_fds: Option<Vec<NetFds>>,
+    #[serde(default)]
+    pub(super) resume: bool,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub(super) enum RestoreMode {
+    #[default]
+    Copy,
+    OnDemand,
+}
+
+/// Descriptors meant for one network device.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct NetFds {
+    pub(super) id: String,
+    #[serde(default)]
+    pub(super) num_fds: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Created,
+    Running,
+    Paused,
+}
+
+/// A VM that exists.
+struct Vm {
+    state: State,
+    ram: Ram,
+    guest: Option<Guest>,
+    devices: Devices,
+    active: Vec<String>,
+    device_ids: u64,
+    /// Events that the guest's drivers cause once it runs.
+    activating: Vec<String>,
+    catch_up: bool,
+}
+
+/// The VMM of one process.
+pub(super) struct Vmm {
+    pub(super) tuning: Tuning,
+    pub(super) log: Rc<Log>,
+    pub(super) monitor: Rc<Monitor>,
+    registry: Registry,
+    tokens: TokenRange,
+    loopback: Option<Rc<TcpListener>>,
+    config: Option<Value>,
+    vm: Option<Vm>,
+    /// The status to end with, once it is time.
+    pub(super) exit: Option<u8>,
+    filled_at: Instant,
+    /// The last operation never comes back.
+    pub(super) stuck: bool,
+}
+
+impl Vmm {
+    pub(super) fn new(
+        tuning: Tuning,
+        log: Rc<Log>,
+        monitor: Rc<Monitor>,
+        registry: Registry,
+        tokens: TokenRange,
+        loopback: Option<TcpListener>,
+    ) -> io::Result<Self> {
+        let mut loopback = loopback;
+        if let Some(listener) = &mut loopback {
+            registry.register(listener, tokens.token(0), mio::Interest::READABLE)?;
+        }
+        Ok(Self {
+            tuning,
+            log,
+            monitor,
+            registry,
+            tokens,
+            loopback: loopback.map(Rc::new),
+            config: None,
+            vm: None,
+            exit: None,
+            filled_at: Instant::now(),
+            stuck: false,
+        })
+    }
+
+    fn refuse<T>(&self, what: &str, chain: Chain) -> Result<T, Refusal> {
+        let missing = matches!(
+            chain.last().map(String::as_str),
+            Some("VM is not created" | "VM config is missing")
+        );
+        let mut full = vec!["Error from API".to_owned(), what.to_owned()];
+        full.extend(chain);
+        Err(Refusal {
+            status: if missing {
+                self.tuning.release.missing_vm_status()
+            } else {
+                500
+            },
+            chain: full,
+        })
+    }
+
+    fn refuse_with<T>(&self, what: &str, reason: &str) -> Result<T, Refusal> {
+        self.refuse(what, vec![reason.to_owned()])
+    }
+
+    pub(super) fn on_event(&mut self, event: &Event) {
+        if let Some(guest) = self.vm.as_mut().and_then(|vm| vm.guest.as_mut()) {
+            guest.on_event(event);
+        }
+    }
+
+    /// Lets the guest and the background fill go on; when to be called again.
+    pub(super) fn run(&mut self, now: Instant) -> Option<Instant> {
+        let Some(vm) = &mut self.vm else { return None };
+        let mut wake = None;
+        if vm.ram.is_incomplete() && self.tuning.release.fills_in_background() {
+            let pace = Duration::from_millis(1);
+            let passed = now.saturating_duration_since(self.filled_at).as_millis() as u64;
+            if passed > 0 {
+                self.filled_at = now;
+                let pages = self.tuning.fill_pages_per_ms * passed.min(100);
+                if let Err(error) = vm.ram.fetch_some(pages) {
+                    self.log.say(
+                        Level::Warn,
+                        &format!("uffd: background prefault given up: {error}"),
+                    );
+                }
+            }
+            wake = Some(now + pace);
+        }
+        if vm.state != State::Running {
+            return wake;
+        }
+        for id in std::mem::take(&mut vm.activating) {
+            self.monitor
+                .emit("virtio-device", "activated", json!({"id": id}));
+            vm.active.push(id);
+        }
+        let guest = vm.guest.as_mut()?;
+        let faults = &self.tuning.faults;
+        if faults.standing("guest").contains(&What::Crash) {
+            self.log
+                .say(Level::Error, "VCPU generated error: ordered to crash");
+            self.exit = Some(0);
+            return None;
+        }
+        match guest.run(&mut vm.ram, faults, &self.registry, now) {
+            Ok(next) => earliest([wake, next]),
+            Err(error) => {
+                // A vCPU that cannot read its memory ends the process, with status 0.
+                self.log
+                    .say(Level::Error, &format!("VCPU generated error: {error}"));
+                self.exit = Some(0);
+                None
+            }
+        }
+    }
+
+    pub(super) fn ping(&self) -> Value {
+        json!({
+            "build_version": self.tuning.release.build_version(),
+            "version": self.tuning.release.version(),
+            "pid": std::process::id(),
+            "features": ["io_uring", "kvm"],
+        })
+    }
+
+    pub(super) fn info(&self) -> Outcome {
+        let Some(config) = &self.config else {
+            return self.refuse_with("The VM info is not available", "VM is not created");
+        };
+        let balloon = config["balloon"]["size"].as_u64().unwrap_or(0);
+        let total = self
+            .vm
+            .as_ref()
+            .map_or_else(|| Memory::of(config).total(), |vm| vm.ram.total());
+        let state = self.vm.as_ref().map_or(State::Created, |vm| vm.state);
+        let mut info = json!({
+            "config": config,
+            "state": format!("{state:?}"),
+            "memory_actual_size": total.saturating_sub(balloon),
+        });
+        if self.vm.is_some() {
+            info["device_tree"] = device_tree(config, self.tuning.release);
+        } else if self.tuning.release.writes_nulls() {
+            info["device_tree"] = Value::Null;
+        }
+        Ok(Some(info))
+    }
+
+    pub(super) fn counters(&self) -> Outcome {
+        let (Some(config), Some(_)) = (&self.config, &self.vm) else {
+            return self.refuse_with("The VM info is not available", "VM is not running");
+        };
+        let mut counters = serde_json::Map::new();
+        for device in pci_devices(config) {
+            let zeros = |names: &[&str]| -> Value {
+                names
+                    .iter()
+                    .map(|name| ((*name).to_owned(), json!(0)))
+                    .collect::<serde_json::Map<_, _>>()
+                    .into()
+            };
+            let values = match device.kind {
+                Kind::Disk => zeros(&["read_bytes", "read_ops", "write_bytes", "write_ops"]),
+                Kind::Net => zeros(&["rx_bytes", "rx_frames", "tx_bytes", "tx_frames"]),
+                _ => continue,
+            };
+            counters.insert(device.id, values);
+        }
+        Ok(Some(Value::Object(counters)))
+    }
+
+    pub(super) fn create(&mut self, body: &Value) -> Outcome {
+        const WHAT: &str = "The VM could not be created";
+        let mut config = match config::complete(body, self.tuning.release) {
+            Ok(config) => config,
+            Err(reason) => {
+                let chain = vec!["Failed to deserialize JSON".to_owned(), reason];
+                return Err(Refusal { status: 400, chain });
+            }
+        };
+        if self.config.is_some() {
+            return self.refuse_with(WHAT, "VM is already created");
+        }
+        // Descriptors in the JSON mean nothing here.
+        for net in config["net"].as_array_mut().into_iter().flatten() {
+            if let Some(net) = net.as_object_mut() {
+                net.remove("fds");
+            }
+        }
+        if let Err(chain) = devices::open_consoles(&config) {
+            return self.refuse(WHAT, chain);
+        }
+        self.config = Some(config);
+        Ok(None)
+    }
+
+    pub(super) fn boot(&mut self, now: Instant) -> Outcome {
+        const WHAT: &str = "The VM could not boot";
+        if self.vm.is_some() {
+            return self.refuse_with(WHAT, "VM is already created");
+        }
+        let Some(mut config) = self.config.clone() else {
+            return self.refuse_with(WHAT, "VM config is missing");
+        };
+        self.monitor.vm("booting");
+        match self.build(&mut config) {
+            Ok(vm) => {
+                self.config = Some(config.clone());
+                self.vm = Some(vm);
+            }
+            Err(chain) => return self.refuse(WHAT, chain),
+        }
+        for key in ["firmware", "kernel", "initramfs"] {
+            let Some(path) = config["payload"][key].as_str() else {
+                continue;
+            };
+            if let Err(error) = File::open(path) {
+                // The VM stays, as in the original.
+                let reason = format!("Cannot open {key} file");
+                return self.refuse(WHAT, vec![reason, error.to_string()]);
+            }
+        }
+        if let Err(error) = self.power_on(&config, now) {
+            return self.refuse(WHAT, vec![error.to_string()]);
+        }
+        self.monitor.vm("booted");
+        Ok(None)
+    }
+
+    fn build(&mut self, config: &mut Value) -> Result<Vm, Chain> {
+        invalid(config::validate(config))?;
+        let ram = Ram::fresh(&Memory::of(config))?;
+        let random = || {
+            let [a, b, c, ..] = *uuid::Uuid::new_v4().as_bytes();
+            [a, b, c]
+        };
+        let device_ids = config::assign_ids(config, random);
+        let devices = Devices::open(config, Vec::new())?;
+        devices.lock_disks()?;
+        Ok(Vm {
+            state: State::Created,
+            ram,
+            guest: None,
+            devices,
+            active: Vec::new(),
+            device_ids,
+            activating: Vec::new(),
+            catch_up: true,
+        })
+    }
+
+    /// The guest's first instruction.
+    fn power_on(&mut self, config: &Value, now: Instant) -> io::Result<()> {
+        let cmdline = config["payload"]["cmdline"].as_str().unwrap_or_default();
+        let mac = config["net"][0]["mac"].as_str().and_then(config::mac);
+        let mut words = BootWords::of(cmdline, mac);
+        words.pattern_pages = self.tuning.pattern_pages;
+        words.dialect = self.tuning.dialect.unwrap_or(words.dialect);
+        let wire = self.wire();
+        let Some(vm) = &mut self.vm else {
+            return Ok(());
+        };
+        let has_drivers = matches!(wire, Wire::Tap(_));
+        let mut guest = Guest::boot(&mut vm.ram, &words, wire, &self.registry, self.tokens)?;
+        guest.set_faults(&self.tuning.faults);
+        guest.start(&mut vm.ram, true, now)?;
+        vm.guest = Some(guest);
+        vm.state = State::Running;
+        if has_drivers {
+            vm.activating = driven(config);
+        }
+        Ok(())
+    }
+
+    fn wire(&mut self) -> Wire {
+        match self.vm.as_mut().and_then(|vm| vm.devices.tap.take()) {
+            Some(tap) => Wire::Tap(tap),
+            None => self.loopback.clone().map_or(Wire::None, Wire::Loopback),
+        }
+    }
+
+    pub(super) fn restore(
+        &mut self,
+        request: &RestoreConfig,
+        fds: Vec<OwnedFd>,
+        now: Instant,
+    ) -> Outcome {
+        const WHAT: &str = "The VM could not be restored";
+        if self.config.is_some() || self.vm.is_some() {
+            return self.refuse_with(WHAT, "VM is already created");
+        }
+        let mut request = request.clone();
+        if !self.tuning.release.knows_restore_mode() {
+            request.memory_restore_mode = RestoreMode::Copy;
+            request.resume = false;
+        }
+        let (dir, mut config, state) = match self.read_snapshot(&request) {
+            Ok(read) => read,
+            Err(chain) => return self.refuse(WHAT, chain),
+        };
+        match self.rebuild(&dir, &mut config, &state, &request, fds) {
+            Ok(Some(vm)) => {
+                self.vm = Some(vm);
+                self.config = Some(config);
+            }
+            Ok(None) => {
+                self.stuck = true;
+                return Ok(None);
+            }
+            Err(chain) => {
+                self.monitor.vm("deleted");
+                return self.refuse(WHAT, chain);
+            }
+        }
+        self.filled_at = now;
+        self.monitor.vm("restoring");
+        if let Err(chain) = self.take_locks() {
+            self.delete_quietly();
+            return self.refuse(WHAT, chain);
+        }
+        self.monitor.vm("restored");
+        if request.resume {
+            return self.resume(now);
+        }
+        Ok(None)
+    }
+
+    fn take_locks(&self) -> Result<(), Chain> {
+        self.vm
+            .as_ref()
+            .map_or(Ok(()), |vm| vm.devices.lock_disks())
+    }
+
+    fn delete_quietly(&mut self) {
+        self.vm = None;
+        self.config = None;
+        self.monitor.vm("deleted");
+    }
+
+    fn read_snapshot(
+        &self,
+        request: &RestoreConfig,
+    ) -> Result<(std::path::PathBuf, Value, Value), Chain> {
+        let cannot = |chain: Chain| -> Chain {
+            std::iter::once("Cannot restore VM".to_owned())
+                .chain(chain)
+                .collect()
+        };
+        let dir = snapshot::directory(&request.source_url).map_err(cannot)?;
+        let raw = snapshot::read(&dir, "config.json", "config").map_err(cannot)?;
+        let config = config::complete(&raw, self.tuning.release).map_err(|reason| {
+            cannot(vec![
+                "Failed to receive migratable component snapshot".to_owned(),
+                "Error deserialising VM config snapshot".to_owned(),
+                reason,
+            ])
+        })?;
+        invalid(request.validate(&config))?;
+        let state = snapshot::read(&dir, "state.json", "state").map_err(cannot)?;
+        Ok((dir, config, state))
+    }
+
+    /// Everything of a restore up to the locks. `None`: it never comes back.
+    fn rebuild(
+        &mut self,
+        dir: &Path,
+        config: &mut Value,
+        state: &Value,
+        request: &RestoreConfig,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Option<Vm>, Chain> {
+        devices::open_consoles(config)?;
+        let memory_state = snapshot::state_of(state, &["memory-manager"]);
+        let ranges = ram::ranges_of(&memory_state);
+        let mut ram = Ram::restored(&Memory::of(config), &memory_state)?;
+        let file = dir.join("memory-ranges");
+        if request.memory_restore_mode == RestoreMode::OnDemand {
+            ram.serve_lazily(&file, &ranges)?;
+        } else if !ram.fill(&file, &ranges, self.tuning.release)? {
+            return Ok(None);
+        }
+        invalid(config::validate(config))?;
+        let mut fds = fds.into_iter();
+        let given = request.net_fds.iter().flatten();
+        let given = given.map(|net| (net.id.clone(), fds.by_ref().take(net.num_fds).collect()));
+        let mut devices = Devices::open(config, given.collect())?;
+        if let Some(path) = config["payload"]["initramfs"].as_str() {
+            File::open(path).map_err(|error| {
+                vec!["Cannot open initramfs file".to_owned(), error.to_string()]
+            })?;
+        }
+        let active = snapshot::activated_devices(state);
+        for id in &active {
+            self.monitor
+                .emit("virtio-device", "activated", json!({"id": id}));
+        }
+        let wire = match devices.tap.take() {
+            Some(tap) => Wire::Tap(tap),
+            None => self.loopback.clone().map_or(Wire::None, Wire::Loopback),
+        };
+        let guest = Guest::restore(&mut ram, wire, &self.registry, self.tokens);
+        let mut guest = guest
+            .map_err(|error| vec!["Cannot read guest memory".to_owned(), error.to_string()])?;
+        match &mut guest {
+            Some(guest) => guest.set_faults(&self.tuning.faults),
+            None => self.log.say(
+                Level::Warn,
+                "no stand-in guest in this memory: it will never answer",
+            ),
+        }
+        let counter = snapshot::state_of(state, &["device-manager"])["device_id_cnt"].as_u64();
+        Ok(Some(Vm {
+            state: State::Paused,
+            ram,
+            guest,
+            devices,
+            active,
+            device_ids: counter.unwrap_or(0),
+            activating: Vec::new(),
+            catch_up: self.tuning.release.advances_clock() && snapshot::clock_catches_up(state),
+        }))
+    }
+
+    pub(super) fn pause(&mut self) -> Outcome {
+        const WHAT: &str = "The VM could not be paused";
+        let Some(vm) = &mut self.vm else {
+            return self.refuse_with(WHAT, "VM is not running");
+        };
+        self.monitor.vm("pausing");
+        if vm.state == State::Paused {
+            return self.refuse(
+                WHAT,
+                transition(
+                    "Cannot pause VM",
+                    "Failed to pause migratable component",
+                    "Paused",
+                    "Paused",
+                ),
+            );
+        }
+        if let Some(guest) = &mut vm.guest
+            && let Err(error) = guest.stop(&mut vm.ram)
+        {
+            return self.refuse(WHAT, vec![error.to_string()]);
+        }
+        vm.state = State::Paused;
+        vm.catch_up = self.tuning.release.advances_clock();
+        self.monitor.vm("paused");
+        Ok(None)
+    }
+
+    pub(super) fn resume(&mut self, now: Instant) -> Outcome {
+        const WHAT: &str = "The VM could not resume";
+        let Some(vm) = &mut self.vm else {
+            return self.refuse_with(WHAT, "VM is not running");
+        };
+        self.monitor.vm("resuming");
+        if vm.state != State::Paused {
+            let from = format!("{:?}", vm.state);
+            return self.refuse(
+                WHAT,
+                transition(
+                    "Cannot resume VM",
+                    "Failed to resume migratable component",
+                    &from,
+                    "Running",
+                ),
+            );
+        }
+        if let Some(guest) = &mut vm.guest
+            && let Err(error) = guest.start(&mut vm.ram, vm.catch_up, now)
+        {
+            return self.refuse(WHAT, vec![error.to_string()]);
+        }
+        vm.state = State::Running;
+        self.monitor.vm("resumed");
+        Ok(None)
+    }
+
+    pub(super) fn snapshot(&mut self, url: &str) -> Outcome {
+        const WHAT: &str = "The VM could not be snapshotted";
+        let release = self.tuning.release;
+        let (Some(vm), Some(config)) = (&mut self.vm, &self.config) else {
+            return self.refuse_with(WHAT, "VM is not running");
+        };
+        if vm.ram.is_incomplete() && release.fills_in_background() {
+            return self.refuse_with(WHAT, "VM on-demand memory restore is still in progress");
+        }
+        self.monitor.vm("snapshotting");
+        if vm.state != State::Paused {
+            let chain = [
+                "Cannot snapshot VM",
+                "Failed to snapshot migratable component",
+                "Trying to snapshot while VM is running",
+            ];
+            return self.refuse(WHAT, chain.map(str::to_owned).to_vec());
+        }
+        let state = snapshot::state(config, &vm.ram, &vm.active, vm.device_ids, release);
+        self.monitor.vm("snapshotted");
+        let mid = self.tuning.faults.strike("mid-snapshot");
+        let written = write_snapshot(vm, config, &state, url, release, || {
+            disturb_midway(&mid, &self.log)
+        });
+        match written {
+            Ok(()) => Ok(None),
+            Err(chain) => {
+                let chain = std::iter::once("Cannot send VM snapshot".to_owned()).chain(chain);
+                self.refuse(WHAT, chain.collect())
+            }
+        }
+    }
+
+    pub(super) fn resize(&mut self, body: &Resize) -> Outcome {
+        const WHAT: &str = "The VM could not be resized";
+        let Some(config) = &mut self.config else {
+            return self.refuse_with(WHAT, "VM is not created");
+        };
+        if self.vm.is_some() {
+            self.monitor.vm("resizing");
+            let boot = config["cpus"]["boot_vcpus"].as_u64();
+            let max = config["cpus"]["max_vcpus"].as_u64();
+            if body
+                .desired_vcpus
+                .is_some_and(|n| Some(n) != boot && Some(n) > max)
+            {
+                return self.refuse_with(WHAT, "Desired vCPUs exceed the maximum");
+            }
+            let total = self.vm.as_ref().map_or(0, |vm| vm.ram.total());
+            if body.desired_ram.is_some_and(|ram| ram != total) {
+                let reason = "The requested hotplug memory addition is not a valid size";
+                return self.refuse(
+                    WHAT,
+                    vec!["Memory manager error".to_owned(), reason.to_owned()],
+                );
+            }
+            if body.desired_balloon.is_some() && !config["balloon"].is_object() {
+                let reason = "Missing virtio-balloon, can't proceed as expected";
+                return self.refuse(
+                    WHAT,
+                    vec!["Error from device manager".to_owned(), reason.to_owned()],
+                );
+            }
+        }
+        if let (Some(size), true) = (body.desired_balloon, config["balloon"].is_object()) {
+            config["balloon"]["size"] = json!(size);
+        }
+        if self.vm.is_some() {
+            self.monitor.vm("resized");
+        }
+        Ok(None)
+    }
+
+    pub(super) fn add(
+        &mut self,
+        what: &str,
+        key: &str,
+        body: &Value,
+        fds: Vec<OwnedFd>,
+    ) -> Outcome {
+        let Some(config) = &mut self.config else {
+            return self.refuse_with(what, "VM is not created");
+        };
+        let completed = match key {
+            "disks" => config::complete_disk(body, self.tuning.release),
+            "net" => config::complete_net(body, self.tuning.release),
+            _ => Ok(body.clone()),
+        };
+        let mut device = match completed {
+            Ok(device) => device,
+            Err(reason) => {
+                let chain = vec!["Failed to deserialize JSON".to_owned(), reason];
+                return Err(Refusal { status: 400, chain });
+            }
+        };
+        let Some(vm) = &mut self.vm else {
+            append(config, key, device);
+            return Ok(None);
+        };
+        let (prefix, opened) = match key {
+            "disks" => ("_disk", vm.devices.add_disk(&device)),
+            "net" => ("_net", vm.devices.add_net(&mut device, fds)),
+            _ => {
+                let chain = ["Error from device manager", "rewake-sim has no such device"];
+                return self.refuse(what, chain.map(str::to_owned).to_vec());
+            }
+        };
+        if let Err(chain) = opened {
+            return self.refuse(what, chain);
+        }
+        if device["id"].is_null() {
+            device["id"] = json!(format!("{prefix}{}", vm.device_ids));
+            vm.device_ids += 1;
+        }
+        let id = device["id"].clone();
+        // Slot 0 is the host bridge.
+        let bdf = format!("0000:00:{:02x}.0", pci_devices(config).len() + 1);
+        append(config, key, device);
+        Ok(Some(json!({"id": id, "bdf": bdf})))
+    }
+
+    pub(super) fn remove(&mut self, id: &str) -> Outcome {
+        const WHAT: &str = "The device could not be removed from the VM";
+        let Some(config) = &mut self.config else {
+            return self.refuse_with(WHAT, "VM is not created");
+        };
+        let mut removed = false;
+        for key in ["disks", "net"] {
+            if let Some(list) = config[key].as_array_mut() {
+                let before = list.len();
+                list.retain(|device| device["id"] != id);
+                removed |= list.len() < before;
+            }
+        }
+        if removed {
+            if self.vm.is_some() {
+                self.monitor.emit(
+                    "vm",
+                    "device-removed",
+                    json!({"id": id, "bdf": Value::Null}),
+                );
+            }
+            return Ok(None);
+        }
+        if self.vm.is_some() {
+            let reason =
+                format!("Failed to find device corresponding to the given identifier: {id}");
+            return self.refuse(WHAT, vec!["Error from device manager".to_owned(), reason]);
+        }
+        self.refuse_with(WHAT, &format!("No device with id {id:?} to remove"))
+    }
+
+    /// Operations of a VM that runs which have nothing to do here.
+    pub(super) fn needs_running(&self, what: &str) -> Outcome {
+        match self.vm {
+            Some(_) => Ok(None),
+            None => self.refuse_with(what, "VM is not running"),
+        }
+    }
+
+    /// Operations that need a VM and are not played.
+    pub(super) fn not_played(&self, what: &str, without_vm: &str) -> Outcome {
+        match self.vm {
+            Some(_) => self.refuse_with(what, "rewake-sim does not play this"),
+            None if self.config.is_some() => self.refuse_with(what, without_vm),
+            None => self.refuse_with(what, "VM is not created"),
+        }
+    }
+
+    pub(super) fn reboot(&mut self, now: Instant) -> Outcome {
+        const WHAT: &str = "The VM could not reboot";
+        if self.vm.is_none() {
+            return self.refuse_with(WHAT, "VM is not created");
+        }
+        self.monitor.vm("rebooting");
+        let Some(mut config) = self.config.clone() else {
+            return self.refuse_with(WHAT, "VM config is missing");
+        };
+        self.vm = None;
+        match self.build(&mut config) {
+            Ok(vm) => self.vm = Some(vm),
+            Err(chain) => return self.refuse(WHAT, chain),
+        }
+        if let Err(error) = self.power_on(&config, now) {
+            return self.refuse(WHAT, vec![error.to_string()]);
+        }
+        self.monitor.vm("rebooted");
+        Ok(None)
+    }
+
+    pub(super) fn shutdown(&mut self) -> Outcome {
+        if self.vm.take().is_none() {
+            return self.refuse_with("The VM could not shutdown", "VM is not running");
+        }
+        self.monitor.vm("shutdown");
+        Ok(None)
+    }
+
+    pub(super) fn delete(&mut self) -> Outcome {
+        if self.vm.take().is_some() {
+            self.monitor.vm("shutdown");
+        }
+        if self.config.take().is_some() {
+            self.monitor.vm("deleted");
+        }
+        Ok(None)
+    }
+
+    /// The orderly end: of vmm.shutdown, SIGTERM and SIGINT.
+    pub(super) fn shut_down(&mut self) {
+        // Deleting never fails.
+        let _deleted = self.delete();
+        self.monitor.emit("vmm", "shutdown", Value::Null);
+        self.exit = Some(0);
+    }
+}
+
+/// Body of vm.resize.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Resize {
+    desired_vcpus: Option<u64>,
+    desired_ram: Option<u64>,
+    desired_balloon: Option<u64>,
+}
+
+impl RestoreConfig {
+    fn validate(&self, config: &Value) -> Result<(), Chain> {
+        if self.prefault && self.memory_restore_mode == RestoreMode::OnDemand {
+            return Err(vec![
+                "'prefault' cannot be combined with 'memory_restore_mode=ondemand'".to_owned(),
+            ]);
+        }
+        for net in config["net"].as_array().into_iter().flatten() {
+            let Some(fds) = net["fds"].as_array() else {
+                continue;
+            };
+            let id = net["id"].as_str().unwrap_or_default();
+            let given = self.net_fds.iter().flatten().find(|given| given.id == id);
+            match given {
+                None => {
+                    return Err(vec![format!(
+                        "Net id {id} is associated with FDs and is required"
+                    )]);
+                }
+                Some(given) if given.num_fds != fds.len() => {
+                    return Err(vec![format!(
+                        "Number of Net FDs passed for '{id}' during Restore: {}. Expected: {}",
+                        given.num_fds,
+                        fds.len()
+                    )]);
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn invalid(checked: Result<(), Chain>) -> Result<(), Chain> {
+    checked.map_err(|chain| {
+        std::iter::once("Failed to validate config".to_owned())
+            .chain(chain)
+            .collect()
+    })
+}
+
+fn transition(outer: &str, middle: &str, from: &str, to: &str) -> Chain {
+    let inner = format!("Invalid transition: InvalidStateTransition({from}, {to})");
+    vec![outer.to_owned(), middle.to_owned(), inner]
+}
+
+/// Devices that a Linux guest's drivers activate, in the order captured from one.
+fn driven(config: &Value) -> Vec<String> {
+    let devices = pci_devices(config);
+    let order = [Kind::Net, Kind::Disk, Kind::Balloon];
+    let of_kind = |kind| {
+        devices
+            .iter()
+            .filter(move |d| d.kind == kind)
+            .map(|d| d.id.clone())
+    };
+    order.into_iter().flat_map(of_kind).collect()
+}
+
+fn append(config: &mut Value, key: &str, device: Value) {
+    match &mut config[key] {
+        Value::Array(list) => list.push(device),
+        slot => *slot = json!([device]),
+    }
+}
+
+fn write_snapshot(
+    vm: &mut Vm,
+    config: &Value,
+    state: &Value,
+    url: &str,
+    release: super::release::Release,
+    midway: impl FnOnce() -> Result<(), Chain>,
+) -> Result<(), Chain> {
+    let failed = |what: &str, error: io::Error| {
+        let outer = "Failed to send migratable component snapshot".to_owned();
+        vec![outer, what.to_owned(), error.to_string()]
+    };
+    let dir = snapshot::directory(url)?;
+    let file = snapshot::create(&dir, "config.json", "config", release)?;
+    snapshot::write_json(&file, config)
+        .map_err(|error| failed("Error writing VM config snapshot", error))?;
+    midway()?;
+    let file = snapshot::create(&dir, "state.json", "state", release)?;
+    snapshot::write_json(&file, state)
+        .map_err(|error| failed("Error writing VM state snapshot", error))?;
+    let ranges = vm.ram.saved_ranges();
+    if ranges.is_empty() {
+        return Ok(());
+    }
+    let file = snapshot::create(&dir, "memory-ranges", "memory", release)?;
+    let saved = vm.ram.save(&file, &ranges);
+    saved.map_err(|error| failed("Error writing dense memory snapshot region", error))
+}
+
+fn disturb_midway(struck: &[What], log: &Log) -> Result<(), Chain> {
+    for what in struck {
+        match what {
+            What::Die => super::die(),
+            What::Exit(status) => std::process::exit(i32::from(*status)),
+            What::Flood(bytes) => log.flood(*bytes),
+            _ => return Err(vec!["rewake-sim: error as ordered".to_owned()]),
+        }
+    }
+    Ok(())
+}
