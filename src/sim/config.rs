@@ -547,6 +547,15 @@ impl Memory {
     }
 }
 
+/// The devices under a key, to be changed; none where the key is absent.
+pub(super) fn list_mut<'a>(
+    config: &'a mut Value,
+    key: &str,
+) -> impl Iterator<Item = &'a mut Value> {
+    let list = config.get_mut(key).and_then(Value::as_array_mut);
+    list.into_iter().flatten()
+}
+
 /// Gives every device of a VM that boots its id and MAC, as Cloud Hypervisor does at first
 /// boot. Returns the next number for device ids.
 pub(super) fn assign_ids(config: &mut Value, random: impl Fn() -> [u8; 3]) -> u64 {
@@ -558,14 +567,14 @@ pub(super) fn assign_ids(config: &mut Value, random: impl Fn() -> [u8; 3]) -> u6
         }
     };
     for (key, prefix) in [("disks", "disk"), ("net", "net")] {
-        for device in config[key].as_array_mut().into_iter().flatten() {
+        for device in list_mut(config, key) {
             give(device, prefix);
         }
     }
-    if config["vsock"].is_object() {
-        give(&mut config["vsock"], "vsock");
+    if let Some(vsock) = config.get_mut("vsock").filter(|v| v.is_object()) {
+        give(vsock, "vsock");
     }
-    for net in config["net"].as_array_mut().into_iter().flatten() {
+    for net in list_mut(config, "net") {
         if net["mac"].is_null() {
             let [a, b, c] = random();
             net["mac"] = json!(mac_text([0x02, 0x53, 0x49, a, b, c]));

@@ -72,7 +72,7 @@ impl Devices {
             devices.disks.push(open_disk(disk)?);
         }
         let mut fds = fds;
-        for net in config["net"].as_array_mut().into_iter().flatten() {
+        for net in super::config::list_mut(config, "net") {
             let id = net["id"].as_str().unwrap_or_default().to_owned();
             let own = fds.iter().position(|(owner, _)| *owner == id);
             let own = own

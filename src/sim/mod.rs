@@ -185,6 +185,9 @@ fn run(options: &Options) -> io::Result<u8> {
         }
         let guest_wake = vmm.run(Instant::now());
         if let Some(status) = vmm.exit {
+            if let Some(server) = &mut server {
+                server.flush();
+            }
             drop(socket);
             return Ok(status);
         }

@@ -7,7 +7,6 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -616,7 +615,7 @@ fn region(zone: &Zone, slot: u64, gpa: u64, size: u64, file_offset: u64) -> Resu
     } else {
         let memfd = rustix::fs::memfd_create("rewake-sim-ram", MemfdFlags::CLOEXEC)
             .map_err(|error| failed("Failed to create shared file", &error.into()))?;
-        let file = File::from(OwnedFd::from(memfd));
+        let file = File::from(memfd);
         file.set_len(size)
             .map_err(|error| failed("Failed to set shared file length", &error))?;
         Backing::Own {

@@ -82,6 +82,9 @@ pub(super) struct Server {
     queue: VecDeque<(u64, Request)>,
     pending: Option<Pending>,
     accepting: bool,
+    /// Answers wait for the next round: the original writes them one round of epoll later
+    /// than it reads requests, and loses them where the peer half-closes in between.
+    unsent: bool,
     next_number: u64,
 }
 
@@ -103,6 +106,7 @@ impl Server {
             queue: VecDeque::new(),
             pending: None,
             accepting: true,
+            unsent: false,
             next_number: 0,
         })
     }
@@ -122,20 +126,40 @@ impl Server {
         }
     }
 
-    /// When a late answer is due.
+    /// When an answer is due.
     pub(super) fn wake_at(&self) -> Option<Instant> {
+        if self.unsent {
+            return Some(Instant::now());
+        }
         self.pending.as_ref().and_then(|pending| pending.at)
+    }
+
+    /// Writes what waits and forgets connections that ended.
+    pub(super) fn flush(&mut self) {
+        self.unsent = false;
+        for slot in &mut self.connections {
+            if let Some(connection) = slot {
+                if !connection.closed {
+                    connection.write();
+                }
+                let done = connection.close_after_write && connection.out.is_empty();
+                if connection.closed || done {
+                    *slot = None;
+                }
+            }
+        }
     }
 
     /// Does everything that can be done now.
     pub(super) fn serve(&mut self, handler: &mut impl Handler, registry: &Registry, now: Instant) {
+        self.flush();
         loop {
             if let Some(pending) = &self.pending {
                 if pending.at.is_none_or(|at| now < at) {
                     return;
                 }
                 if let Some(pending) = self.pending.take() {
-                    self.deliver(pending.number, pending.reply);
+                    self.deliver(pending.number, &pending.reply);
                 }
             }
             while let Some((number, request)) = self.queue.pop_front() {
@@ -143,7 +167,7 @@ impl Server {
                 match reply.delivery {
                     Delivery::Late(by) => self.hold(number, reply, Some(now + by)),
                     Delivery::Never => self.hold(number, reply, None),
-                    _ => self.deliver(number, reply),
+                    _ => self.deliver(number, &reply),
                 }
                 if self.pending.is_some() {
                     break;
@@ -153,7 +177,6 @@ impl Server {
                 continue;
             }
             self.accept(registry);
-            self.flush();
             if !self.read_one() {
                 return;
             }
@@ -164,7 +187,7 @@ impl Server {
         self.pending = Some(Pending { number, reply, at });
     }
 
-    fn deliver(&mut self, number: u64, reply: Reply) {
+    fn deliver(&mut self, number: u64, reply: &Reply) {
         let mut connections = self.connections.iter_mut().flatten();
         let Some(connection) = connections.find(|c| c.number == number) else {
             return;
@@ -179,7 +202,7 @@ impl Server {
         connection.close_after_write |=
             matches!(reply.delivery, Delivery::Truncated | Delivery::Drop);
         connection.out.extend_from_slice(&bytes);
-        connection.write();
+        self.unsent = true;
     }
 
     fn accept(&mut self, registry: &Registry) {
@@ -216,30 +239,18 @@ impl Server {
         }
     }
 
-    /// Writes what waits and forgets connections that ended.
-    fn flush(&mut self) {
-        for slot in &mut self.connections {
-            if let Some(connection) = slot {
-                connection.write();
-                let done = connection.close_after_write && connection.out.is_empty();
-                if connection.closed || done {
-                    *slot = None;
-                }
-            }
-        }
-    }
-
     /// Reads once from one connection. `false` when none has anything.
     fn read_one(&mut self) -> bool {
         for connection in self.connections.iter_mut().flatten() {
-            if connection.readable {
+            if connection.readable && !connection.closed {
                 let requests = connection.read();
                 let number = connection.number;
+                self.unsent |= !connection.out.is_empty() || connection.closed;
                 self.queue.extend(requests.into_iter().map(|r| (number, r)));
                 return true;
             }
         }
-        self.connections.iter().flatten().any(|c| c.closed)
+        false
     }
 }
 

@@ -148,19 +148,19 @@ pub(super) fn state(
     });
     node(
         Some(&root),
-        json!({
-            "cpu-manager": node(None, Value::Object(vcpus)),
+        &json!({
+            "cpu-manager": node(None, &Value::Object(vcpus)),
             "memory-manager": leaf(&ram.state(&ranges)),
-            "device-manager": node(Some(&manager), Value::Object(devices)),
+            "device-manager": node(Some(&manager), &Value::Object(devices)),
         }),
     )
 }
 
 fn leaf(state: &Value) -> Value {
-    node(Some(state), json!({}))
+    node(Some(state), &json!({}))
 }
 
-fn node(state: Option<&Value>, children: Value) -> Value {
+fn node(state: Option<&Value>, children: &Value) -> Value {
     let data = state.map_or(Value::Null, |state| json!({"state": state.to_string()}));
     json!({"snapshots": children, "snapshot_data": data})
 }

@@ -271,7 +271,7 @@ impl Vmm {
             return self.refuse_with(WHAT, "VM is already created");
         }
         // Descriptors in the JSON mean nothing here.
-        for net in config["net"].as_array_mut().into_iter().flatten() {
+        for net in config::list_mut(&mut config, "net") {
             if let Some(net) = net.as_object_mut() {
                 net.remove("fds");
             }
@@ -694,7 +694,7 @@ impl Vmm {
         };
         let mut removed = false;
         for key in ["disks", "net"] {
-            if let Some(list) = config[key].as_array_mut() {
+            if let Some(list) = config.get_mut(key).and_then(Value::as_array_mut) {
                 let before = list.len();
                 list.retain(|device| device["id"] != id);
                 removed |= list.len() < before;

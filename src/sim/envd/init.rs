@@ -244,8 +244,8 @@ fn e2b_body(bytes: &[u8]) -> Option<BTreeMap<String, Value>> {
         "timestamp",
         "lifecycleid",
     ];
-    let fits = |key: &&str| map.get(*key).is_none_or(|v| v.is_string() || v.is_null());
-    texts.iter().all(|key| fits(&key)).then_some(map)
+    let fits = |key: &str| map.get(key).is_none_or(|v| v.is_string() || v.is_null());
+    texts.iter().all(|key| fits(key)).then_some(map)
 }
 
 fn text(status: u16, body: &str) -> Answer {

@@ -1,0 +1,14 @@
+//! The stand-in, `rewake-sim`, from outside: the answers that Cloud Hypervisor gave to the
+//! same requests, lives that go on through snapshots, and orders to fail.
+
+#![cfg(feature = "sim")]
+// Helpers outside of test functions may fail the test they serve.
+#![allow(clippy::unwrap_used)]
+
+#[path = "sim/process.rs"]
+mod process;
+
+#[path = "sim/lives.rs"]
+mod lives;
+#[path = "sim/replay.rs"]
+mod replay;
