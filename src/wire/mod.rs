@@ -5,4 +5,5 @@ pub mod excerpt;
 pub mod http;
 pub mod json;
 pub mod netlink;
+pub mod nft;
 pub mod reactor;

@@ -120,6 +120,7 @@ struct Stack {
 struct Client {
     handle: SocketHandle,
     until: Clock,
+    greeted: bool,
     text: Vec<u8>,
     answer: mpsc::Sender<io::Result<String>>,
 }
@@ -169,6 +170,7 @@ impl Stack {
         self.clients.push(Client {
             handle,
             until: Clock::now() + request.timeout,
+            greeted: false,
             text: Vec::new(),
             answer: request.answer,
         });
@@ -194,6 +196,9 @@ impl Stack {
         let sockets = &mut self.sockets;
         self.clients.retain_mut(|client| {
             let socket = sockets.get_mut::<tcp::Socket<'_>>(client.handle);
+            if socket.may_send() && !client.greeted {
+                client.greeted = socket.send_slice(b"hello\n").is_ok();
+            }
             if socket.can_recv() {
                 let _ = socket.recv(|bytes| {
                     client.text.extend_from_slice(bytes);

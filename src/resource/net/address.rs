@@ -96,6 +96,12 @@ impl Ipv4Range {
         self.base
     }
 
+    /// The last address.
+    #[must_use]
+    pub fn last(self) -> Ipv4Addr {
+        Ipv4Addr::from(u32::from(self.base) | !self.mask())
+    }
+
     /// The number of leading bits that all addresses share.
     #[must_use]
     pub const fn prefix(self) -> u8 {
@@ -253,6 +259,11 @@ pub struct NetConfig {
     pub index_base: u32,
     /// The host's link to the outside. Where missing, that of its default route.
     pub uplink: Option<IfNameText>,
+    /// What guests may reach in spite of [`NetConfig::blocked`].
+    pub allowed: Vec<Ipv4Range>,
+    /// What guests must not reach: by default all that is not public, cloud metadata
+    /// included.
+    pub blocked: Vec<Ipv4Range>,
     /// The highest slot index in use.
     pub slot_max: u16,
     /// Where lock files and records live; gone after a reboot, like the kernel's objects.
@@ -298,6 +309,27 @@ impl IfNameText {
     }
 }
 
+/// The ranges of the IANA special-purpose registry (RFC 6890) that are not reachable from
+/// the public internet, and multicast. The documentation ranges are none of them: nothing
+/// answers there.
+const NOT_PUBLIC: [(u8, u8, u8, u8); 12] = [
+    (0, 0, 0, 8),
+    (10, 0, 0, 8),
+    // Carriers' translators (RFC 6598).
+    (100, 64, 0, 10),
+    (127, 0, 0, 8),
+    // Link-local, where clouds keep their metadata.
+    (169, 254, 0, 16),
+    (172, 16, 0, 12),
+    (192, 0, 0, 24),
+    (192, 88, 99, 24),
+    (192, 168, 0, 16),
+    // Benchmarks (RFC 2544).
+    (198, 18, 0, 15),
+    (224, 0, 0, 4),
+    (240, 0, 0, 4),
+];
+
 impl Default for NetConfig {
     fn default() -> Self {
         let range = |a, b| Ipv4Range::around(Ipv4Addr::new(a, b, 0, 0), 16);
@@ -317,6 +349,10 @@ impl Default for NetConfig {
             ipv6: false,
             index_base: 0x4000_0000,
             uplink: None,
+            allowed: Vec::new(),
+            blocked: NOT_PUBLIC
+                .map(|(a, b, c, prefix)| Ipv4Range::around(Ipv4Addr::new(a, b, c, 0), prefix))
+                .to_vec(),
             slot_max: SlotIndex::MAX,
             runtime_dir: "/run/rewake".into(),
             netns_dir: rewake_sys::netns::RUN_DIR.into(),

@@ -10,7 +10,7 @@ use rewake_sys::tun::{Tap, TapOptions};
 
 use super::error::{NetError, NetLeftover, SlotFailure};
 use super::host::{HostNet, Sockets};
-use super::{NetStep, SlotPlan, link, namespace};
+use super::{NetStep, SlotPlan, link, namespace, walls};
 use crate::deadline::Deadline;
 use crate::ids::SlotIndex;
 use crate::resource::ledger::Step;
@@ -216,6 +216,13 @@ impl HostNet {
             let mut inside = Sockets::open(faults)?;
             namespace::settings(&self.config, faults)?;
             let tap = namespace::make_tap(&self.config, faults)?;
+            inside
+                .netfilter
+                .commit(&walls::inside(&self.config, plan), deadline)?;
+            // The walls stand before there is a link that they guard.
+            let table = walls::host_table(&self.config);
+            let admission = walls::admit(&table, &walls::sources(plan));
+            self.sockets().netfilter.commit(&admission, deadline)?;
             let pair = link::pair(&self.config, plan, namespace.as_fd());
             self.sockets().route.commit(&pair, deadline)?;
             let inside_side = link::inside_side(&self.config, plan, tap);
@@ -233,7 +240,7 @@ impl HostNet {
     }
 
     /// The undo steps of a slot, oldest first.
-    fn planned(&self, plan: &SlotPlan, pin: NetStep) -> [NetStep; 3] {
+    fn planned(&self, plan: &SlotPlan, pin: NetStep) -> [NetStep; 4] {
         [
             // Undone last: only when no packet can come any more, nothing is remembered
             // anew.
@@ -245,6 +252,10 @@ impl HostNet {
                 name: plan.veth.clone(),
                 index: plan.veth_index,
                 mac: plan.veth_mac,
+            },
+            NetStep::Walls {
+                table: walls::host_table(&self.config),
+                sources: walls::sources(plan),
             },
         ]
     }

@@ -12,6 +12,7 @@ use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage,
 use rustix::io::Errno;
 
 use super::error::NetError;
+use super::walls::{self, ForwardDrop};
 use super::{Ipv4Range, NetConfig, link, namespace};
 use crate::deadline::Deadline;
 use crate::fault::Faults;
@@ -123,7 +124,7 @@ impl HostNet {
     }
 
     /// Readies the host: checks the address plan against its routes, makes the directory of
-    /// namespaces and switches forwarding on. Repeating it is harmless.
+    /// namespaces, puts up the walls and, behind them, switches forwarding on. Repeating it is harmless.
     ///
     /// # Errors
     /// [`NetError::RouteConflict`] where a foreign route leads into a range of the plan, and
@@ -138,10 +139,36 @@ impl HostNet {
             }
         }
         namespace::make_directory(&self.config.netns_dir, &self.faults)?;
+        let uplink = self.uplink(deadline)?;
+        let ruleset = walls::host(&self.config, uplink.as_ref().map(|it| it.name.as_str()));
+        self.sockets().netfilter.commit(&ruleset, deadline)?;
         if !self.forwarding()? {
             self.inside_host(|| namespace::write_setting(&self.faults, FORWARDING, "1"))??;
         }
         Ok(())
+    }
+
+    /// Takes down what [`HostNet::prepare`] put up, once there are no slots any more.
+    /// Forwarding stays as it is: others may rely on it.
+    ///
+    /// # Errors
+    /// [`NetError::Netlink`]. Walls that are not there are no error.
+    pub fn retire(&self, deadline: Deadline) -> Result<(), NetError> {
+        let ruleset = walls::remove_host(&self.config);
+        match self.sockets().netfilter.commit(&ruleset, deadline) {
+            Err(error) if error.is_missing() => Ok(()),
+            other => other.map_err(NetError::from),
+        }
+    }
+
+    /// Chains of others that drop what slots send and receive.
+    ///
+    /// # Errors
+    /// [`NetError::Netlink`].
+    pub fn forward_drops(&self, deadline: Deadline) -> Result<Vec<ForwardDrop>, NetError> {
+        let table = walls::host_table(&self.config);
+        walls::foreign_forward_drops(&mut self.sockets().netfilter, &table, deadline)
+            .map_err(NetError::from)
     }
 
     /// The configuration.

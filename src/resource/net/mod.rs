@@ -16,6 +16,7 @@ mod namespace;
 mod step;
 mod sweep;
 mod teardown;
+mod walls;
 
 pub use address::{AddressError, IfNameText, Ipv4Range, Mac, NetConfig, SlotPlan};
 pub use create::{CreateError, Slot};
@@ -23,3 +24,4 @@ pub use error::{NetError, NetLeftover, SlotFailure};
 pub use host::{HostNet, RouteOverlap, Uplink};
 pub use step::NetStep;
 pub use sweep::SweepReport;
+pub use walls::ForwardDrop;

@@ -33,6 +33,13 @@ pub enum NetStep {
         /// Ethernet address.
         mac: Mac,
     },
+    /// The slot's entries in the host's packet filter.
+    Walls {
+        /// The table.
+        table: String,
+        /// Pairs of link index and address.
+        sources: Vec<(u32, Ipv4Addr)>,
+    },
     /// Tracked connections to or from these addresses.
     Conntrack {
         /// The addresses that the slot gives to its next sandbox.
@@ -45,6 +52,10 @@ impl fmt::Display for NetStep {
         match self {
             Self::Netns { path, .. } => write!(f, "namespace {}", path.display()),
             Self::Link { name, .. } => write!(f, "link {name}"),
+            Self::Walls { table, sources } => {
+                let address = sources.first().map(|(_, address)| address.to_string());
+                write!(f, "entry {} of {table}", address.unwrap_or_default())
+            }
             Self::Conntrack { addresses } => write!(f, "tracked connections of {addresses:?}"),
         }
     }

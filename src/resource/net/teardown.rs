@@ -3,7 +3,7 @@
 use super::create::Slot;
 use super::error::{NetError, NetLeftover, SlotFailure};
 use super::host::{HostNet, Sockets};
-use super::{NetStep, conntrack, link, namespace};
+use super::{NetStep, conntrack, link, namespace, walls};
 use crate::deadline::Deadline;
 use crate::fault::Faults;
 use crate::resource::slot::{SlotError, SlotLease};
@@ -185,6 +185,9 @@ pub(super) fn undo(
                 Err(error) if error.is_missing() => Ok(()),
                 other => other.map_err(NetError::from),
             }
+        }
+        NetStep::Walls { table, sources } => {
+            walls::dismiss(&mut sockets.netfilter, table, sources, deadline).map_err(NetError::from)
         }
         NetStep::Conntrack { addresses } => {
             conntrack::forget(&mut sockets.netfilter, addresses, deadline).map_err(NetError::from)
