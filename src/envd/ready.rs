@@ -197,7 +197,8 @@ impl Prober {
     /// A prober of the agent at `target`. The first probe goes out with the first
     /// [`advance`](Machine::advance), so make it when the guest may run.
     ///
-    /// With `keep` the winning probe asks for keep-alive and hands its connection over.
+    /// With `keep` the winning probe asks for keep-alive and hands its connection over: one
+    /// handshake less before `/init`, about half of its time on loopback (benches/ready.rs).
     ///
     /// # Errors
     /// [`ReadyError::NoTokens`], [`ReadyError::Request`].

@@ -44,6 +44,20 @@ impl Guest {
 
     /// A guest that sends from another source address.
     pub fn start_as(slot: &Slot, config: &NetConfig, address: Ipv4Addr) -> Self {
+        Self::start_with(slot, config, address, None)
+    }
+
+    /// A well-behaved guest that gives every client this answer.
+    pub fn start_answering(slot: &Slot, config: &NetConfig, answer: &'static [u8]) -> Self {
+        Self::start_with(slot, config, config.guest_address, Some(answer))
+    }
+
+    fn start_with(
+        slot: &Slot,
+        config: &NetConfig,
+        address: Ipv4Addr,
+        answer: Option<&'static [u8]>,
+    ) -> Self {
         let tap = slot.open_tap().unwrap().into_fd();
         rustix::io::ioctl_fionbio(&tap, true).unwrap();
         let mut wire = Wire {
@@ -68,7 +82,7 @@ impl Guest {
         let stop = Arc::new(AtomicBool::new(false));
         let stopping = Arc::clone(&stop);
         let worker = std::thread::spawn(move || {
-            Stack::new(wire, stack).run(&inbox, &stopping, address);
+            Stack::new(wire, stack, answer).run(&inbox, &stopping, address);
         });
         Self {
             requests,
@@ -115,6 +129,7 @@ struct Stack {
     listeners: Vec<SocketHandle>,
     clients: Vec<Client>,
     next_port: u16,
+    answer: Option<&'static [u8]>,
 }
 
 struct Client {
@@ -126,7 +141,7 @@ struct Client {
 }
 
 impl Stack {
-    fn new(wire: Wire, stack: Interface) -> Self {
+    fn new(wire: Wire, stack: Interface, answer: Option<&'static [u8]>) -> Self {
         let mut sockets = SocketSet::new(Vec::new());
         let listeners = (0..LISTENERS).map(|_| sockets.add(socket())).collect();
         Self {
@@ -136,6 +151,7 @@ impl Stack {
             listeners,
             clients: Vec::new(),
             next_port: 40_000,
+            answer,
         }
     }
 
@@ -184,7 +200,9 @@ impl Stack {
             }
             if socket.can_recv() {
                 let _ = socket.recv(|bytes| (bytes.len(), ()));
-                if let Some(client) = socket.remote_endpoint() {
+                if let Some(answer) = self.answer {
+                    let _ = socket.send_slice(answer);
+                } else if let Some(client) = socket.remote_endpoint() {
                     let _ = socket.send_slice(client.addr.to_string().as_bytes());
                 }
                 socket.close();
