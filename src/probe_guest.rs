@@ -39,6 +39,9 @@ pub struct Settings {
     /// Pattern pages written to before the first answer to `/health` after
     /// `/snapshot/prepare`: the working set of a guest that wakes up.
     pub touch_pages: u64,
+    /// Poll without end instead of sleeping until a frame comes: the quickest answer where the
+    /// host has a processor to spare, and that processor busy for ever.
+    pub poll: bool,
     /// The nonce, in place of one gathered at boot.
     pub nonce: Option<u64>,
 }
@@ -50,6 +53,7 @@ impl Default for Settings {
             gateway: Ipv4Addr::new(169, 254, 0, 22),
             fill_pages: 64,
             touch_pages: 0,
+            poll: false,
             nonce: None,
         }
     }
@@ -63,12 +67,16 @@ impl fmt::Display for Settings {
             gateway,
             fill_pages,
             touch_pages,
+            poll,
             nonce,
         } = self;
         write!(
             f,
             "ip={address}::{gateway}:255.255.255.252 fill={fill_pages} touch={touch_pages}"
         )?;
+        if *poll {
+            f.write_str(" idle=poll")?;
+        }
         match nonce {
             Some(nonce) => write!(f, " nonce={nonce:x}"),
             None => Ok(()),
@@ -120,9 +128,10 @@ mod tests {
         let line = "ip=169.254.0.21::169.254.0.22:255.255.255.252 fill=64 touch=0";
         assert_eq!(Settings::default().to_string(), line);
         let fixed = Settings {
+            poll: true,
             nonce: Some(0xab),
             ..Settings::default()
         };
-        assert_eq!(fixed.to_string(), format!("{line} nonce=ab"));
+        assert_eq!(fixed.to_string(), format!("{line} idle=poll nonce=ab"));
     }
 }

@@ -48,6 +48,7 @@ fn root_kvm_boots_and_answers() {
     let given = Settings {
         nonce: Some(0x1234),
         fill_pages: 8,
+        poll: true,
         ..Settings::default()
     };
     assert_eq!(
@@ -72,6 +73,26 @@ fn root_kvm_survives_hundreds_of_abandoned_connects() {
         after > before + 100,
         "{before} to {after}: the storm did not reach the guest"
     );
+}
+
+#[test]
+fn root_kvm_sleeps_while_nothing_is_asked() {
+    let Some(mut lab) = Lab::new("root_kvm_sleeps_while_nothing_is_asked") else {
+        return;
+    };
+    for poll in [true, false] {
+        let settings = Settings {
+            poll,
+            ..Settings::default()
+        };
+        let machine = lab.boot(&settings);
+        let before = machine.probe();
+        std::thread::sleep(Duration::from_millis(300));
+        let after = machine.probe();
+        let rounds = number(&after, "counter") - number(&before, "counter");
+        // A round is a frame or a sleep: two exchanges and stragglers of the probing.
+        assert_eq!(rounds > 200, poll, "{rounds} rounds");
+    }
 }
 
 /// Freezes a guest that has lived a little and brings it back.

@@ -311,12 +311,12 @@ fn answers_as_the_agent_does() {
         ),
         (
             "an unknown GET",
-            "GET /envs HTTP/1.1\r\n\r\n".to_owned(),
+            "GET /files HTTP/1.1\r\n\r\n".to_owned(),
             "404 ",
         ),
         (
             "an unknown POST",
-            "POST /envs HTTP/1.1\r\n\r\n".to_owned(),
+            "POST /files HTTP/1.1\r\n\r\n".to_owned(),
             "415 ",
         ),
         ("garbage", "GARBAGE\r\n\r\n".to_owned(), "400 "),
@@ -375,7 +375,7 @@ fn walks_all_memory_once_per_lifecycle() {
     assert!(state(&mut guest, "POST").starts_with(r#"{"state":"running","regions":0,"pages":0,"#));
     guest.agent.advance();
     assert!(state(&mut guest, "GET").contains(r#""running","regions":0,"pages":64,"#));
-    (0..4).for_each(|_| guest.agent.advance());
+    while guest.agent.advance() {}
     assert_eq!(state(&mut guest, "GET"), done);
     assert_eq!(
         state(&mut guest, "POST"),
@@ -406,6 +406,52 @@ fn walks_all_memory_once_per_lifecycle() {
         probe.contains(r#""lifecycle_id":"L2","generation":1,"timestamp_ns":1795447295000000000,"#),
         "{probe}"
     );
+}
+
+#[test]
+fn an_init_with_an_old_time_begins_a_life_and_changes_nothing_else() {
+    let mut guest = PaperGuest::new();
+    let envs = |guest: &mut PaperGuest| {
+        body(&guest.exchange(41000, "GET /envs HTTP/1.1\r\n\r\n")).to_owned()
+    };
+    let json = "Content-Type: application/json\r\n";
+    for (name, body, id, generation) in [
+        (
+            "first",
+            r#"{"sandbox_id":"s1","lifecycle_id":"L1","timestamp":"100"}"#,
+            "s1",
+            0,
+        ),
+        (
+            "old",
+            r#"{"sandbox_id":"s2","lifecycle_id":"L2","timestamp":"100"}"#,
+            "s1",
+            1,
+        ),
+        (
+            "newer",
+            r#"{"sandbox_id":"s3","lifecycle_id":"L2","timestamp":"101"}"#,
+            "s3",
+            1,
+        ),
+        ("without time", r#"{"sandbox_id":"s4"}"#, "s4", 1),
+    ] {
+        assert!(
+            guest
+                .exchange(40000, &with_body("/init", json, body))
+                .starts_with("HTTP/1.1 204")
+        );
+        assert_eq!(
+            envs(&mut guest),
+            format!(r#"{{"WRENN_SANDBOX_ID":"{id}"}}"#),
+            "{name}"
+        );
+        let probe = guest.exchange(40001, "GET /probe HTTP/1.1\r\n\r\n");
+        assert!(
+            probe.contains(&format!(r#""generation":{generation},"#)),
+            "{name}: {probe}"
+        );
+    }
 }
 
 #[test]
