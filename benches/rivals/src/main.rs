@@ -21,10 +21,14 @@ fn main() {
 fn print_machine() {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name"));
+    let model = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"));
     let model = model.map_or("unknown", |text| text.trim_start_matches(['\t', ' ', ':']));
     let cpus = std::thread::available_parallelism().map_or(0, usize::from);
-    let commit = Command::new("git").args(["rev-parse", "--short", "HEAD"]).output();
+    let commit = Command::new("git")
+        .args(["rev-parse", "--short", "HEAD"])
+        .output();
     let commit = commit.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
     println!(
         "commit {}, kernel {}, {cpus} × {model}",
@@ -55,8 +59,14 @@ fn compare(server: &Server) {
     let ours = Quantiles::of(&mut ours_took[WARM_UP..]);
     let theirs = Quantiles::of(&mut theirs_took[WARM_UP..]);
     println!("{}, {SAMPLES} calls each, interleaved:", server.name);
-    println!("  rewake                   median {:>8.1?}  p99 {:>8.1?}", ours.median, ours.p99);
-    println!("  cloud-hypervisor-client  median {:>8.1?}  p99 {:>8.1?}", theirs.median, theirs.p99);
+    println!(
+        "  rewake                   median {:>8.1?}  p99 {:>8.1?}",
+        ours.median, ours.p99
+    );
+    println!(
+        "  cloud-hypervisor-client  median {:>8.1?}  p99 {:>8.1?}",
+        theirs.median, theirs.p99
+    );
     let ratio = theirs.median.as_secs_f64() / ours.median.as_secs_f64();
     println!("  median of the rival / median of rewake: {ratio:.2}");
 }
