@@ -560,7 +560,7 @@ impl InitCall {
         self.lifecycle
     }
 
-    fn acknowledged(&self, answered: Box<Answered>) -> Result<Acknowledged, ClientError> {
+    fn acknowledged(&self, answered: Answered) -> Result<Acknowledged, ClientError> {
         let response = expect(&[204], INIT, answered.response)?;
         Ok(Acknowledged {
             lifecycle: self.lifecycle,
@@ -580,7 +580,7 @@ impl Machine for InitCall {
 
     fn advance(&mut self, registry: &Registry, now: Instant) -> ControlFlow<Self::Output> {
         let answered = self.call.advance(registry, now);
-        answered.map_break(|answered| self.acknowledged(answered?))
+        answered.map_break(|answered| self.acknowledged(*answered?))
     }
 
     fn wake_at(&self) -> Option<Instant> {

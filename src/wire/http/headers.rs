@@ -1,30 +1,24 @@
-//! Header lines: one buffer with the head as it came, and where each name and value lies.
+//! Header lines: the head as it came, in one buffer. Lines are found when asked for, so a
+//! header costs neither an allocation nor an entry in a table.
 
 use std::fmt;
-use std::ops::Range;
 
-/// Lines whose places are kept without an allocation. Cloud Hypervisor sends four, envd
-/// about six.
-const INLINE: usize = 16;
+use memchr::memchr;
 
-/// Where a header's name and value lie in the head. Heads have at most 65,535 bytes.
-#[derive(Clone, Copy, Default)]
-struct Place {
-    name: u16,
-    name_len: u16,
-    value: u16,
-    value_len: u16,
-}
+use super::field;
+use crate::wire::excerpt::excerpt;
 
 /// The header lines of a response.
 ///
 /// Names compare without regard to case; a name may occur more than once. Values are bytes
 /// without surrounding white space: mostly ASCII, but the peer may send any byte from 0x80.
-#[derive(Clone)]
+/// Looking one up walks over the lines before it.
+#[derive(Clone, Default)]
 pub struct Headers {
+    /// Status line, header lines and the empty line, all of them checked.
     head: Vec<u8>,
-    inline: [Place; INLINE],
-    more: Vec<Place>,
+    /// Where the header lines begin.
+    first: usize,
     len: usize,
 }
 
@@ -48,8 +42,8 @@ impl Headers {
     #[must_use]
     pub fn iter(&self) -> Iter<'_> {
         Iter {
-            headers: self,
-            next: 0,
+            rest: self.head.get(self.first..).unwrap_or_default(),
+            left: self.len,
         }
     }
 
@@ -65,69 +59,30 @@ impl Headers {
         self.len == 0
     }
 
-    /// No lines yet, over a buffer that the parser fills.
-    pub(super) const fn over(head: Vec<u8>) -> Self {
-        Self {
-            head,
-            inline: [Place {
-                name: 0,
-                name_len: 0,
-                value: 0,
-                value_len: 0,
-            }; INLINE],
-            more: Vec::new(),
-            len: 0,
-        }
-    }
-
     pub(super) fn buffer(&self) -> &[u8] {
         &self.head
     }
 
-    pub(super) fn buffer_mut(&mut self) -> &mut Vec<u8> {
+    pub(super) const fn buffer_mut(&mut self) -> &mut Vec<u8> {
         &mut self.head
     }
 
-    /// Notes a line. The name must be ASCII, and both ranges lie in the buffer's first
-    /// 65,535 bytes: the parser's bound on the head sees to it.
-    pub(super) fn push(&mut self, name: &Range<usize>, value: &Range<usize>) {
-        debug_assert!(name.end <= value.end.max(name.end) && value.end <= usize::from(u16::MAX));
-        let place = Place {
-            name: name.start as u16,
-            name_len: name.len() as u16,
-            value: value.start as u16,
-            value_len: value.len() as u16,
-        };
-        match self.inline.get_mut(self.len) {
-            Some(slot) => *slot = place,
-            None => self.more.push(place),
-        }
+    /// Notes that the status line ends here.
+    pub(super) const fn begin(&mut self, first: usize) {
+        self.first = first;
+        self.len = 0;
+    }
+
+    /// Notes one more checked line.
+    pub(super) const fn count(&mut self) {
         self.len += 1;
     }
 
     /// Forgets all lines and their bytes, keeps the memory.
     pub(super) fn clear(&mut self) {
         self.head.clear();
-        self.more.clear();
-        self.len = 0;
+        self.begin(0);
     }
-
-    fn at(&self, index: usize) -> Option<(&str, &[u8])> {
-        if index >= self.len {
-            return None;
-        }
-        let place = match self.inline.get(index) {
-            Some(place) => place,
-            None => self.more.get(index - INLINE)?,
-        };
-        let name = slice(&self.head, place.name, place.name_len)?;
-        let value = slice(&self.head, place.value, place.value_len)?;
-        Some((std::str::from_utf8(name).ok()?, value))
-    }
-}
-
-fn slice(head: &[u8], start: u16, len: u16) -> Option<&[u8]> {
-    head.get(usize::from(start)..)?.get(..usize::from(len))
 }
 
 impl PartialEq for Headers {
@@ -145,12 +100,8 @@ impl Eq for Headers {}
 
 impl fmt::Debug for Headers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_map()
-            .entries(
-                self.iter()
-                    .map(|(name, value)| (name, crate::wire::excerpt::excerpt(value))),
-            )
-            .finish()
+        let lines = self.iter().map(|(name, value)| (name, excerpt(value)));
+        f.debug_map().entries(lines).finish()
     }
 }
 
@@ -165,34 +116,28 @@ impl<'a> IntoIterator for &'a Headers {
 /// Names and values of [`Headers`].
 #[derive(Debug, Clone)]
 pub struct Iter<'a> {
-    headers: &'a Headers,
-    next: usize,
+    rest: &'a [u8],
+    left: usize,
 }
 
 impl<'a> Iterator for Iter<'a> {
     type Item = (&'a str, &'a [u8]);
 
     fn next(&mut self) -> Option<Self::Item> {
-        let item = self.headers.at(self.next)?;
-        self.next += 1;
-        Some(item)
+        self.left = self.left.checked_sub(1)?;
+        let (line, rest) = self.rest.split_at(memchr(b'\n', self.rest)? + 1);
+        self.rest = rest;
+        let (name, value) = line.split_at(memchr(b':', line)?);
+        // The name was checked to be a token, which is ASCII.
+        let name = std::str::from_utf8(name).ok()?;
+        let value = value[1..].strip_suffix(b"\r\n")?;
+        let (start, end) = field::trim(value);
+        Some((name, &value[start..end]))
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (self.left, Some(self.left))
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_compare_without_case_and_lines_beyond_the_inline_ones_are_kept() {
-        let mut headers = Headers::over(b"Name-Avalue".to_vec());
-        for _ in 0..INLINE + 5 {
-            headers.push(&(0..6), &(6..11));
-        }
-        assert_eq!(headers.len(), INLINE + 5);
-        assert_eq!(headers.iter().count(), INLINE + 5);
-        assert_eq!(headers.get("nAmE-a"), Some(&b"value"[..]));
-        assert_eq!(headers.get("name"), None);
-        assert!(headers.iter().all(|line| line == ("Name-A", b"value")));
-    }
-}
+impl ExactSizeIterator for Iter<'_> {}

@@ -16,6 +16,7 @@ mod error;
 mod field;
 mod headers;
 mod parser;
+mod quick;
 mod request;
 
 use crate::wire::excerpt::excerpt;

@@ -28,15 +28,15 @@ pub enum Progress {
 #[derive(Debug)]
 pub struct ResponseParser {
     method: Method,
-    limits: Limits,
-    state: State,
+    pub(super) limits: Limits,
+    pub(super) state: State,
     /// The head so far; behind it, later, the trailers.
-    headers: Headers,
+    pub(super) headers: Headers,
     /// Where in that buffer the current line begins.
-    line: usize,
+    pub(super) line: usize,
     body: Vec<u8>,
-    status: u16,
-    facts: Facts,
+    pub(super) status: u16,
+    pub(super) facts: Facts,
     interim: u8,
     chunk: ChunkLine,
     extension_bytes: usize,
@@ -46,7 +46,7 @@ pub struct ResponseParser {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+pub(super) enum State {
     StatusLine,
     HeaderLines,
     /// A body of which this many bytes are missing.
@@ -65,7 +65,7 @@ enum State {
 
 /// What the header lines say about framing.
 #[derive(Debug, Clone, Copy, Default)]
-struct Facts {
+pub(super) struct Facts {
     is_http11: bool,
     length: Option<u64>,
     chunked: bool,
@@ -93,7 +93,8 @@ enum ChunkPart {
     End,
 }
 
-/// Room for the head of every answer seen so far, so that it is allocated once.
+/// Room for the head of every answer seen so far, so that it is allocated once even where it
+/// comes in pieces.
 const HEAD_CAPACITY: usize = 512;
 
 impl ResponseParser {
@@ -104,7 +105,7 @@ impl ResponseParser {
             method,
             limits,
             state: State::StatusLine,
-            headers: Headers::over(Vec::new()),
+            headers: Headers::default(),
             line: 0,
             body: Vec::new(),
             status: 0,
@@ -215,6 +216,9 @@ impl ResponseParser {
 
     fn status_line(&mut self, rest: &mut &[u8]) -> Result<(), HttpError> {
         if self.headers.buffer().is_empty() {
+            if self.quick_head(rest)? {
+                return Ok(());
+            }
             self.headers.buffer_mut().reserve(HEAD_CAPACITY);
         }
         let (bound, limit) = if self.limits.status_line_bytes <= self.limits.head_bytes {
@@ -232,10 +236,8 @@ impl ResponseParser {
             return Err(HttpError::refused(Rule::Upgrade, line));
         }
         self.status = status;
-        self.facts = Facts {
-            is_http11,
-            ..Facts::default()
-        };
+        self.facts = Facts::of(is_http11);
+        self.headers.begin(end);
         self.line = end;
         self.state = State::HeaderLines;
         Ok(())
@@ -253,22 +255,16 @@ impl ResponseParser {
                 return Err(HttpError::too_large(Bound::HeaderLines, limit));
             }
             let line = &self.headers.buffer()[start..end - 2];
-            let (name, value) = field::header_line(line)
-                .and_then(|(name, value)| {
-                    self.facts.note(&line[name.clone()], &line[value.clone()])?;
-                    Ok((name, value))
-                })
+            field::header_line(line)
+                .and_then(|(name, value)| self.facts.note(&line[name], &line[value]))
                 .map_err(|rule| HttpError::refused(rule, line))?;
-            self.headers.push(
-                &(start + name.start..start + name.end),
-                &(start + value.start..start + value.end),
-            );
+            self.headers.count();
         }
         Ok(())
     }
 
     /// Chooses the body's framing (RFC 9112, 6.3).
-    fn end_of_head(&mut self) -> Result<(), HttpError> {
+    pub(super) fn end_of_head(&mut self) -> Result<(), HttpError> {
         let facts = self.facts;
         let refused = |rule| Err(HttpError::refused(rule, self.status_text()));
         if facts.chunked && facts.length.is_some() {
@@ -443,8 +439,15 @@ impl ResponseParser {
 }
 
 impl Facts {
+    pub(super) fn of(is_http11: bool) -> Self {
+        Self {
+            is_http11,
+            ..Self::default()
+        }
+    }
+
     /// Takes note of a header line that concerns framing.
-    fn note(&mut self, name: &[u8], value: &[u8]) -> Result<(), Rule> {
+    pub(super) fn note(&mut self, name: &[u8], value: &[u8]) -> Result<(), Rule> {
         match name.len() {
             10 if name.eq_ignore_ascii_case(b"connection") => {
                 self.close |= field::has_word(value, "close");
