@@ -250,7 +250,7 @@ fn normal(text: &str) -> String {
     let mut parts = words.split("elements = {");
     let mut normal = parts.next().unwrap_or_default().to_owned();
     for part in parts {
-        let (elements, rest) = part.split_once('}').unwrap();
+        let (elements, rest) = part.split_once('}').unwrap_or_default();
         let mut elements: Vec<_> = elements.split(',').map(str::trim).collect();
         elements.sort_unstable();
         normal += &format!("elements = {{ {} }}{rest}", elements.join(", "));
