@@ -27,6 +27,8 @@ targets! {
     chunked
     envd_json
     http_response
+    snapshot_config
+    snapshot_state
     vm_config
     vmm_events
 }

@@ -435,3 +435,145 @@ fn refuses_trees_that_make_no_sense() {
     ));
     check(cases);
 }
+
+#[test]
+fn refuses_configuration_and_state_that_contradict_each_other() {
+    const CONFIG: &str = "config.json";
+    const STATE: &str = "state.json";
+    const DISK: &str = r#""id":"_disk0""#;
+    let cases = vec![
+        (
+            "vCPU without state",
+            "cpus.boot_vcpus is 3, but 2 vCPUs were saved",
+            edit(CONFIG, r#""boot_vcpus":2"#, r#""boot_vcpus":3"#),
+        ),
+        (
+            "other id of a disk",
+            "disks.0.id: there is no saved state of the device _disk9",
+            edit(CONFIG, DISK, r#""id":"_disk9""#),
+        ),
+        (
+            "disk without id",
+            "disks.0.id: the device has no id",
+            edit(CONFIG, DISK, r#""id":null"#),
+        ),
+        (
+            "one state for two devices",
+            "net.0.id: another device has the id _disk0, too",
+            edit(CONFIG, r#""id":"_net1""#, DISK),
+        ),
+        (
+            "dropped balloon",
+            "The saved device __balloon is not configured",
+            edit(
+                CONFIG,
+                r#""balloon":{"pci_segment":0,"size":0,"deflate_on_oom":true,"free_page_reporting":true},"#,
+                "",
+            ),
+        ),
+        (
+            "dropped disk",
+            "The saved device _disk0 is not configured",
+            spoil(|dir| {
+                let text = fs::read_to_string(dir.path(CONFIG)).unwrap();
+                let (head, tail) = text.split_once(r#""disks":["#).unwrap();
+                let (_, tail) = tail.split_once("],").unwrap();
+                fs::write(dir.path(CONFIG), format!("{head}{tail}")).unwrap();
+            }),
+        ),
+        (
+            "watchdog without state",
+            "watchdog: there is no saved state of the device __watchdog",
+            edit(CONFIG, r#""watchdog":false"#, r#""watchdog":true"#),
+        ),
+        (
+            "console without state",
+            "console: there is no saved state of the device __console",
+            edit(
+                CONFIG,
+                r#""console":{"mode":"Off""#,
+                r#""console":{"mode":"Null""#,
+            ),
+        ),
+        (
+            "mapping of an unknown zone",
+            "guest_ram_mappings[0] is of the unknown zone mem1",
+            edit(STATE, r#"\"zone_id\":\"mem0\""#, r#"\"zone_id\":\"mem1\""#),
+        ),
+        (
+            "memory that is nowhere",
+            "guest_ram_mappings[0] was neither saved nor is it in a shared file",
+            edit(
+                STATE,
+                r#"{\"gpa\":0,\"length\":268435456}"#,
+                r#"{\"gpa\":0,\"length\":268431360}"#,
+            ),
+        ),
+        (
+            "no memory saved at all",
+            "guest_ram_mappings[0] was neither saved nor is it in a shared file",
+            edit(STATE, r#"{\"gpa\":0,\"length\":268435456}"#, ""),
+        ),
+    ];
+    for (name, expected, spoil) in cases {
+        let scratch = Scratch::snapshot("ch-v53/linux-guest-256m");
+        spoil(&scratch);
+        let text = refusal(name, &scratch, SnapshotLimits::default());
+        let stage = "config.json and state.json contradict each other: ";
+        assert!(text.starts_with(stage), "{name}: {text}");
+        assert!(text.contains(expected), "{name}: {text}");
+    }
+}
+
+#[test]
+fn notices_a_memory_file_that_is_cut_after_the_check() {
+    let scratch = Scratch::snapshot("ch-v53/private-128m");
+    let snapshot = SnapshotDir::open(scratch.root(), &SnapshotLimits::default()).unwrap();
+    let memory = snapshot.memory().unwrap();
+    memory.check_unchanged().unwrap();
+
+    // Another file under the same name is not the one that was checked.
+    fs::rename(scratch.path("memory-ranges"), scratch.path("old")).unwrap();
+    scratch.memory(4096);
+    memory.check_unchanged().unwrap();
+
+    let old = fs::File::options().write(true).open(scratch.path("old"));
+    old.unwrap().set_len(4096).unwrap();
+    let text = chain(&memory.check_unchanged().unwrap_err());
+    assert_eq!(text, "memory-ranges changed while it was read");
+}
+
+#[test]
+fn notices_a_file_that_is_rewritten_while_it_is_read() {
+    use std::os::unix::fs::FileExt;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    let scratch = Scratch::snapshot("ch-v53/private-128m");
+    let mut config = fs::read(scratch.path("config.json")).unwrap();
+    config.resize(1 << 20, b' ');
+    fs::write(scratch.path("config.json"), &config).unwrap();
+    let file = fs::File::options()
+        .write(true)
+        .open(scratch.path("config.json"))
+        .unwrap();
+    let stop = AtomicBool::new(false);
+    let mut noticed = false;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                file.write_all_at(&config, 0).unwrap();
+            }
+        });
+        for _ in 0..1000 {
+            match SnapshotDir::open(scratch.root(), &SnapshotLimits::default()) {
+                Ok(_) => {}
+                Err(SnapshotError::Changed {
+                    file: "config.json",
+                }) => refused += 1,
+                Err(error) => panic!("{}", chain(&error)),
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(noticed, "a thousand reads during writes, none noticed");
+}
