@@ -4,6 +4,7 @@
 
 mod captured;
 mod hostile;
+mod kvm;
 mod layout;
 mod rewrite;
 mod run_dir;
