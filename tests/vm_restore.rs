@@ -8,173 +8,13 @@
 
 mod machine;
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::path::Path;
 
-use machine::{
-    AGENT_PORT, BOOT_LIMIT, GUEST_MEMORY_BYTES, Guest, Namespace, SHELL_PORT, STEP_LIMIT, Scratch,
-    Vm, api, plain_options,
-};
+use machine::restored::{Marks, Restored, check, frozen, listing, restore_command};
+use machine::{Guest, Namespace, STEP_LIMIT, Scratch, Vm, plain_options};
 use rewake::deadline::Deadline;
 use rewake::vmm::api::Client;
-use rewake_sys::process::Process;
 use serde_json::Value;
-
-fn restore_command(namespace: &Namespace, snapshot: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_rewake"));
-    command.arg("restore").arg(snapshot).arg("--json");
-    command.arg("--vmm").arg(machine::vmm_path());
-    command.args([
-        "--netns",
-        namespace.name(),
-        "--guest-ip",
-        &machine::GUEST.to_string(),
-    ]);
-    command.stdin(Stdio::null());
-    command
-}
-
-/// What `rewake restore` printed; ends the VM when dropped.
-struct Restored {
-    answer: Value,
-    process: Process,
-}
-
-impl Restored {
-    fn new(namespace: &Namespace, snapshot: &Path, mode: &str) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_rewake"));
-        command.arg("restore").arg(snapshot);
-        command.args(["--vmm", machine::vmm_path().to_str().unwrap()]);
-        command.args([
-            "--netns",
-            namespace.name(),
-            "--guest-ip",
-            &machine::GUEST.to_string(),
-        ]);
-        command.args(["--memory-mode", mode, "--json"]);
-        let output = command.stdin(Stdio::null()).output().unwrap();
-        let stdout = String::from_utf8_lossy(&output.stdout);
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(
-            output.status.success(),
-            "{command:?}: {}\n{stdout}\n{stderr}",
-            output.status
-        );
-        let answer: Value = serde_json::from_str(&stdout).unwrap();
-        println!("rewake restore --memory-mode {mode}: {answer:#}\n{stderr}");
-        let pid = u32::try_from(answer["pid"].as_u64().unwrap()).unwrap();
-        let process = Process::open(pid).unwrap();
-        Self { answer, process }
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.answer["api_socket"].as_str().unwrap().into()
-    }
-
-    fn info(&self) -> Value {
-        api(&self.socket(), "GET", "vm.info", "")
-    }
-
-    /// The moments that the timeline names, with their times.
-    fn moments(&self) -> String {
-        self.answer["timeline"].to_string()
-    }
-
-    fn shut_down(self) {
-        api(&self.socket(), "PUT", "vmm.shutdown", "");
-        assert!(
-            self.process.wait_ended(Some(STEP_LIMIT)).unwrap(),
-            "still there after vmm.shutdown"
-        );
-    }
-}
-
-impl Drop for Restored {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait_ended(Some(STEP_LIMIT));
-        if let Some(directory) = self.answer["vm_dir"].as_str() {
-            let _ = std::fs::remove_dir_all(directory);
-        }
-    }
-}
-
-/// What is known of the guest at the moment of its snapshot.
-struct Marks {
-    nonce: String,
-    count: u64,
-}
-
-/// Everything that must be true of a restored guest.
-fn check(restored: &Restored, guest: Guest<'_>, marks: &Marks, mode: &str) {
-    assert_eq!(restored.answer["stand_in"], false, "{mode}");
-    assert_eq!(restored.answer["memory_mode"], mode);
-    assert_eq!(restored.answer["memory_bytes"], GUEST_MEMORY_BYTES);
-    assert_eq!(restored.info()["state"], "Running", "{mode}");
-    // Not a reboot, and not a standstill.
-    assert_eq!(
-        guest.nonce(),
-        marks.nonce,
-        "{mode}: rebooted instead of restored"
-    );
-    guest.await_counter_above(marks.count);
-    guest.check_pattern();
-    // The agent answers to others, too, not only to the probe.
-    guest.await_answer(AGENT_PORT, "/health", STEP_LIMIT);
-    for moment in ["ready", "balloon"] {
-        assert!(
-            restored.moments().contains(moment),
-            "{mode}: no {moment} in {}",
-            restored.moments()
-        );
-    }
-    await_empty_balloon(restored, mode);
-    assert_eq!(guest.shell("cat /disk/file"), "kept", "{mode}");
-    guest.shell("echo more >>/disk/log && sync");
-}
-
-/// The balloon call was made, and the guest has followed it.
-fn await_empty_balloon(restored: &Restored, mode: &str) {
-    let start = Instant::now();
-    loop {
-        let info = restored.info();
-        assert_eq!(
-            info["config"]["balloon"]["size"], 0,
-            "{mode}: no balloon call"
-        );
-        if info["memory_actual_size"] == GUEST_MEMORY_BYTES {
-            return;
-        }
-        assert!(
-            start.elapsed() < STEP_LIMIT,
-            "{mode}: {}",
-            info["memory_actual_size"]
-        );
-        std::thread::sleep(std::time::Duration::from_millis(100));
-    }
-}
-
-/// Waits for a guest that is booting, leaves marks, snapshots it, ends it.
-fn frozen(vm: Vm, guest: Guest<'_>, snapshot: &Path) -> Marks {
-    guest.await_answer(SHELL_PORT, "/nonce", BOOT_LIMIT);
-    guest.await_answer(AGENT_PORT, "/health", BOOT_LIMIT);
-    guest.shell("echo kept >/disk/file && sync");
-    let marks = Marks {
-        nonce: guest.nonce(),
-        count: guest.counter(),
-    };
-    vm.snapshot(snapshot);
-    let recorded: Value =
-        serde_json::from_slice(&std::fs::read(snapshot.join("config.json")).unwrap()).unwrap();
-    assert_eq!(
-        recorded["balloon"]["size"],
-        32 << 20,
-        "the positive control of the balloon call"
-    );
-    vm.shut_down();
-    marks
-}
 
 fn restores_in_both_modes(namespace: &Namespace, snapshot: &Path, marks: &Marks) {
     let guest = Guest(namespace);
@@ -189,17 +29,6 @@ fn restores_in_both_modes(namespace: &Namespace, snapshot: &Path, marks: &Marks)
             "{mode}: the snapshot was changed"
         );
     }
-}
-
-/// What would show that something in a snapshot directory was written to.
-fn listing(snapshot: &Path) -> String {
-    machine::run(
-        "sh",
-        [
-            "-c",
-            &format!("cd {} && ls -l && sha256sum *", snapshot.display()),
-        ],
-    )
 }
 
 #[test]

@@ -5,6 +5,8 @@
 //! of Cloud Hypervisor, plain HTTP) and not with the code under test.
 #![allow(dead_code, reason = "each test binary uses its part of it")]
 
+pub(crate) mod restored;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read, Write};
