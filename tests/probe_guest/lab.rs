@@ -14,8 +14,10 @@ use rewake::envd::hedge::Hedge;
 use rewake::envd::ready::{Prober, Ready};
 use rewake::envd::socket::{CurrentNetns, InNetns};
 use rewake::envd::watch::drive_while_alive;
+use rewake::plan::{MemoryMode, RestoreInputs};
 use rewake::probe_guest::{self, Settings};
 use rewake::resource::ledger::Ledger;
+use rewake::restore::{RestoreSpec, Restored, restore};
 use rewake::vmm::launch::{ApiSocket, LaunchSpec, StopLimits, Vmm, launch};
 use rewake::wire::conn::{Address, Connection, Peer, Stream};
 use rewake::wire::http::{Method, Request, Response};
@@ -137,19 +139,45 @@ impl Lab {
         self.start(Vec::new(), Some(request))
     }
 
+    /// Restores with the library, as a host program would.
+    pub(crate) fn restore_with_rewake(&self, source: &Path, mode: MemoryMode) -> Restored {
+        let id = format!("probe-{}", std::process::id());
+        let inputs = RestoreInputs {
+            memory_mode: mode,
+            ..RestoreInputs::new(id.parse().unwrap(), source)
+        };
+        let guest = SocketAddr::from((GUEST, probe_guest::PORT));
+        let mut spec = RestoreSpec::new(inputs, &self.program, guest);
+        spec.runtime_dir = self.dir.join("run");
+        let process = std::process::id();
+        let number = std::os::fd::AsRawFd::as_raw_fd(&self.netns);
+        spec.netns = Some(format!("/proc/{process}/fd/{number}").into());
+        spec.vmm.env = self.environment();
+        restore(&spec, soon()).unwrap_or_else(|error| panic!("{error:#?}"))
+    }
+
+    fn environment(&self) -> Vec<(String, String)> {
+        let shim = self.shim.iter();
+        shim.map(|shim| ("LD_PRELOAD".to_owned(), shim.display().to_string()))
+            .collect()
+    }
+
+    /// Asks the guest on this lab's tap, whoever started it.
+    pub(crate) fn probe(&self) -> serde_json::Value {
+        let request = Request::new(Method::Get, "/probe").closing();
+        let response = send(&self.netns, &request);
+        serde_json::from_slice(&response.body).unwrap()
+    }
+
     fn start(&mut self, args: Vec<String>, first: Option<Request>) -> Machine {
         self.sockets += 1;
         let begun = Instant::now();
         let path = self.dir.join(format!("api{}", self.sockets));
         let (socket, stream) = ApiSocket::bind(&path).unwrap();
-        let env = self
-            .shim
-            .iter()
-            .map(|shim| ("LD_PRELOAD".to_owned(), shim.display().to_string()));
         let spec = LaunchSpec {
             program: self.program.clone(),
             args,
-            env: env.collect(),
+            env: self.environment(),
             ..LaunchSpec::default()
         };
         let mut ledger = Ledger::new();
@@ -203,12 +231,7 @@ impl Machine {
     }
 
     pub(crate) fn send(&self, request: &Request) -> Response {
-        let target = Address::Tcp(SocketAddr::from((GUEST, probe_guest::PORT)));
-        netns::run_in(self.netns.as_fd(), || {
-            let mut connection = Connection::connect(&target, Peer::GUEST, soon()).unwrap();
-            connection.exchange(request, &[], soon()).unwrap()
-        })
-        .unwrap()
+        send(&self.netns, request)
     }
 
     /// What the guest says of itself.
@@ -279,6 +302,15 @@ impl Drop for Machine {
             assert!(leftovers.is_empty(), "{leftovers:?}");
         }
     }
+}
+
+fn send(netns: &OwnedFd, request: &Request) -> Response {
+    let target = Address::Tcp(SocketAddr::from((GUEST, probe_guest::PORT)));
+    netns::run_in(netns.as_fd(), || {
+        let mut connection = Connection::connect(&target, Peer::GUEST, soon()).unwrap();
+        connection.exchange(request, &[], soon()).unwrap()
+    })
+    .unwrap()
 }
 
 fn api_connection(stream: UnixStream) -> Connection {

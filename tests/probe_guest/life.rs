@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
+use rewake::deadline::Deadline;
 use rewake::envd::init::Init;
+use rewake::plan::MemoryMode;
 use rewake::probe_guest::{Settings, expected_checksum};
 use rewake::wire::http::{Method, Request};
 use serde_json::Value;
@@ -183,4 +185,30 @@ fn root_kvm_comes_back_from_a_copied_snapshot() {
 #[test]
 fn root_kvm_comes_back_on_demand() {
     comes_back("root_kvm_comes_back_on_demand", "OnDemand");
+}
+
+/// The whole of rewake's restore, with everything real but the guest's size.
+#[test]
+fn root_kvm_is_restored_by_the_library() {
+    let Some(mut lab) = Lab::new("root_kvm_is_restored_by_the_library") else {
+        return;
+    };
+    let machine = lab.boot(&Settings::default());
+    let before = machine.probe();
+    let snapshot = lab.dir().join("snapshot");
+    machine.freeze(&snapshot);
+    for mode in [MemoryMode::Copy, MemoryMode::OnDemand] {
+        if mode == MemoryMode::OnDemand && rewake_sys::uffd::probe().is_err() {
+            continue;
+        }
+        let restored = lab.restore_with_rewake(&snapshot, mode);
+        eprintln!("{}: {}", mode.name(), restored.timeline);
+        assert_eq!(
+            restored.agent.version.as_ref().map(ToString::to_string),
+            Some("0.1.0-probe".into())
+        );
+        assert_eq!(lab.probe()["nonce"], before["nonce"], "{}", mode.name());
+        let leftovers = restored.destroy(Deadline::after(Duration::from_secs(20)));
+        assert!(leftovers.is_empty(), "{leftovers:?}");
+    }
 }
