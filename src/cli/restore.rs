@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use rewake::deadline::Deadline;
 use rewake::envd;
+use rewake::envd::init::Init;
 use rewake::ids::{IfName, SandboxId, TemplateId};
 use rewake::plan::{MemoryMode, RestoreInputs, RootDisk};
 use rewake::restore::{RestoreSpec, Restored, restore};
@@ -53,6 +54,9 @@ pub(super) struct RestoreArgs {
     /// The template that the snapshot belongs to
     #[arg(long, value_name = "ID")]
     template: Option<TemplateId>,
+    /// Do not call /init: envd keeps the identity and clock of the snapshot
+    #[arg(long)]
+    no_init: bool,
     /// Give up after this many seconds, whatever the limits of the parts [default: none]
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<f64>,
@@ -144,6 +148,13 @@ fn spec(args: &RestoreArgs) -> Result<RestoreSpec, Failure> {
     spec.vmm = launch;
     spec.runtime_dir = absolute(&args.runtime_dir)?;
     spec.netns = args.netns.as_deref().map(rewake_sys::netns::named_path);
+    if !args.no_init {
+        spec.init = Some(Init {
+            sandbox_id: Some(spec.inputs.sandbox_id.to_string()),
+            template_id: args.template.as_ref().map(ToString::to_string),
+            ..Init::new()
+        });
+    }
     Ok(spec)
 }
 
@@ -169,6 +180,7 @@ fn show(restored: &Restored, global: Global) -> Result<(), Failure> {
                 "family": restored.agent.family.to_string(),
                 "version": restored.agent.version.as_ref().map(ToString::to_string),
             },
+            "lifecycle_id": restored.init.as_ref().map(|init| init.lifecycle.to_string()),
             "timeline": restored.timeline.to_json(),
         }));
     }

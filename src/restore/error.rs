@@ -6,6 +6,7 @@ use std::io;
 use rewake_sys::CallError;
 use rewake_sys::process::Exit;
 
+use crate::envd::client::ClientError;
 use crate::envd::ready::ReadyError;
 use crate::ids::SandboxId;
 use crate::plan::PlanError;
@@ -33,6 +34,8 @@ pub enum Stage {
     Resume,
     /// Waiting for envd.
     Ready,
+    /// Telling envd who it is now.
+    Init,
 }
 
 impl Stage {
@@ -47,6 +50,7 @@ impl Stage {
             Self::Restore => "restore",
             Self::Resume => "resume",
             Self::Ready => "wait for envd",
+            Self::Init => "init",
         }
     }
 }
@@ -98,6 +102,9 @@ pub enum Cause {
     /// envd did not answer.
     #[error(transparent)]
     Ready(#[from] ReadyError),
+    /// envd did not take `/init`.
+    #[error(transparent)]
+    Init(ClientError),
     /// The event loop failed.
     #[error("Cannot wait for events")]
     Poll(#[source] io::Error),
@@ -130,6 +137,7 @@ impl RestoreError {
         match &*self.cause {
             Cause::Api(ApiError::NoAnswer { source, .. }) => source.is_timeout(),
             Cause::Ready(ReadyError::Timeout { .. }) => true,
+            Cause::Init(error) => error.is_timeout(),
             _ => false,
         }
     }

@@ -1,6 +1,7 @@
 //! A restore as a state machine.
 
 use std::io::{self, Read};
+use std::mem;
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
@@ -14,12 +15,14 @@ use super::error::{Cause, RestoreError, Stage};
 use super::start::{Start, Started};
 use super::{RestoreSpec, Restored, undo};
 use crate::deadline::Deadline;
+use crate::envd::client::{Acknowledged, Client, ClientOptions, Incarnation, InitCall};
 use crate::envd::ready::{self, Prober, Ready};
 use crate::plan::MemoryMode;
 use crate::resource::ledger::Ledger;
 use crate::timeline::{Phase, Timeline};
 use crate::vmm::events::{EventKind, EventParser};
 use crate::vmm::launch::Vmm;
+use crate::wire::conn::Stream;
 use crate::wire::excerpt::excerpt;
 use crate::wire::reactor::{Machine, TokenRange, earliest};
 
@@ -49,7 +52,16 @@ pub struct Restoring {
     guest_may_hear: bool,
     prober: Option<Prober>,
     ready: Option<Ready>,
+    init: Init,
     ledger: Ledger,
+}
+
+/// `/init`, from the moment that the agent is ready.
+enum Init {
+    /// Not asked for, or not its turn yet.
+    Waiting,
+    Calling(Box<InitCall>),
+    Done(Acknowledged),
 }
 
 impl Restoring {
@@ -86,6 +98,7 @@ impl Restoring {
                 guest_may_hear: false,
                 prober: None,
                 ready: None,
+                init: Init::Waiting,
                 ledger: start.ledger,
             }),
             Err(cause) => Err(undo(
@@ -111,7 +124,7 @@ impl Restoring {
             self.stage,
             cause,
             self.vmm.take(),
-            std::mem::take(&mut self.ledger),
+            mem::take(&mut self.ledger),
             self.timeline.clone(),
         )
     }
@@ -151,7 +164,13 @@ impl Restoring {
             self.api_done(done)?;
         }
         self.probe(registry, now)?;
-        if self.ready.is_some() && self.started.api.is_running() && self.started.api.is_quiet() {
+        self.say_init(registry, now)?;
+        let init_is_over = self.spec.init.is_none() || matches!(self.init, Init::Done(_));
+        if self.ready.is_some()
+            && init_is_over
+            && self.started.api.is_running()
+            && self.started.api.is_quiet()
+        {
             return self.balloon_or_finish(registry, now);
         }
         Ok(None)
@@ -191,10 +210,14 @@ impl Restoring {
             memory_mode: self.memory_mode_in_truth(),
             memory: self.started.plan.memory,
             agent: ready.agent,
-            connection: ready.connection,
+            sockets: self.started.sockets.clone(),
+            init: match mem::replace(&mut self.init, Init::Waiting) {
+                Init::Done(acknowledged) => Some(acknowledged),
+                _ => None,
+            },
             vm_dir: self.started.vm_dir.clone(),
             timeline: self.timeline.clone(),
-            ledger: std::mem::take(&mut self.ledger),
+            ledger: mem::take(&mut self.ledger),
         })
     }
 
@@ -316,11 +339,53 @@ impl Restoring {
                 self.stage = Stage::Ready;
                 Err(Cause::Ready(error))
             }
-            ControlFlow::Break(Ok(ready)) => {
+            ControlFlow::Break(Ok(mut ready)) => {
                 self.timeline.mark_at(Phase::Ready, ready.at);
-                self.ready = Some(ready);
                 self.prober = None;
+                let connection = ready.connection.take();
+                self.ready = Some(ready);
+                self.begin_init(connection)
+            }
+        }
+    }
+
+    /// `/init` goes over the connection that won; without one asked for, that is closed here:
+    /// it must not live until the next snapshot.
+    fn begin_init(&mut self, connection: Option<Stream>) -> Result<(), Cause> {
+        let Some(init) = &self.spec.init else {
+            return Ok(());
+        };
+        let incarnation = Incarnation {
+            sandbox: self.spec.inputs.sandbox_id.clone(),
+            lifecycle: init.lifecycle,
+        };
+        let options = ClientOptions {
+            sockets: self.started.sockets.clone(),
+            ..ClientOptions::default()
+        };
+        let client = Client::new(self.spec.guest, incarnation, options);
+        let (_, tokens) = self.tokens.split(OWN_TOKENS);
+        let call = client
+            .begin_init(init, connection, self.deadline, tokens)
+            .map_err(Cause::Init)?;
+        self.init = Init::Calling(Box::new(call));
+        Ok(())
+    }
+
+    fn say_init(&mut self, registry: &Registry, now: Instant) -> Result<(), Cause> {
+        let Init::Calling(call) = &mut self.init else {
+            return Ok(());
+        };
+        match call.advance(registry, now) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(Ok(acknowledged)) => {
+                self.timeline.mark_at(Phase::InitDone, acknowledged.at);
+                self.init = Init::Done(acknowledged);
                 Ok(())
+            }
+            ControlFlow::Break(Err(error)) => {
+                self.stage = Stage::Init;
+                Err(Cause::Init(error))
             }
         }
     }
@@ -334,7 +399,8 @@ fn new_prober(
 ) -> Result<Prober, Cause> {
     let sockets = started.sockets.clone();
     let hedge = spec.hedge.clone();
-    Prober::new(spec.guest, sockets, hedge, true, deadline, tokens).map_err(Cause::Ready)
+    let keep = spec.init.is_some();
+    Prober::new(spec.guest, sockets, hedge, keep, deadline, tokens).map_err(Cause::Ready)
 }
 
 /// What an event of CH's monitor means for the timeline, and for when to begin probing: a
@@ -361,8 +427,11 @@ impl Machine for Restoring {
             // Pipes and pidfd are looked at in every advance.
             Some(EVENTS | LOG | PIDFD) | None => {}
             Some(_) => {
+                // `/init` takes the prober's tokens over.
                 if let Some(prober) = &mut self.prober {
                     prober.on_event(registry, event);
+                } else if let Init::Calling(call) = &mut self.init {
+                    call.on_event(registry, event);
                 }
             }
         }
@@ -378,6 +447,10 @@ impl Machine for Restoring {
 
     fn wake_at(&self) -> Option<Instant> {
         let prober = self.prober.as_ref().and_then(Machine::wake_at);
-        earliest([self.started.api.wake_at(), prober])
+        let init = match &self.init {
+            Init::Calling(call) => call.wake_at(),
+            _ => None,
+        };
+        earliest([self.started.api.wake_at(), prober, init])
     }
 }

@@ -1,5 +1,5 @@
 //! The one sequence that brings a VM back: plan → create from snapshot → resume → wait for
-//! envd → deflate the balloon.
+//! envd → deflate the balloon; and `/init`, where the caller asks for it.
 //!
 //! [`restore`] blocks until the guest agent has answered. [`Restoring`] is the same as a
 //! [`Machine`](crate::wire::reactor::Machine), for callers with an event loop of their own.
@@ -24,8 +24,11 @@ pub use machine::Restoring;
 pub use vm_dir::VmDir;
 
 use crate::deadline::Deadline;
+use crate::envd::client::Acknowledged;
 use crate::envd::dialect::Agent;
 use crate::envd::hedge::Hedge;
+use crate::envd::init::Init;
+use crate::envd::socket::Sockets;
 use crate::ids::SandboxId;
 use crate::plan::{MemoryMode, RestoreInputs};
 use crate::resource::ledger::{Ledger, Leftover, Step};
@@ -34,7 +37,6 @@ use crate::timeline::Timeline;
 use crate::units::Bytes;
 use crate::vmm::api::Version;
 use crate::vmm::launch::{LaunchSpec, Vmm};
-use crate::wire::conn::Stream;
 use crate::wire::reactor::{TokenRange, drive};
 
 /// Everything that one restore needs to know.
@@ -55,6 +57,9 @@ pub struct RestoreSpec {
     pub hedge: Hedge,
     /// Bounds on what is read from the snapshot directory.
     pub snapshot_limits: SnapshotLimits,
+    /// What to tell the agent once it is ready; absent: nothing. A failure then fails the
+    /// restore: nothing the guest says counts before this was acknowledged.
+    pub init: Option<Init>,
     /// How long each part may take.
     pub budgets: Budgets,
 }
@@ -74,6 +79,7 @@ impl RestoreSpec {
             guest,
             hedge: Hedge::default(),
             snapshot_limits: SnapshotLimits::default(),
+            init: None,
             budgets: Budgets::default(),
         }
     }
@@ -117,7 +123,6 @@ impl Budgets {
 ///
 /// It holds the ledger: dropping it destroys the VM. [`Restored::into_parts`] hands both
 /// over.
-#[derive(Debug)]
 #[must_use = "dropping it destroys the VM"]
 pub struct Restored {
     /// Whose VM it is.
@@ -134,9 +139,10 @@ pub struct Restored {
     pub memory: Bytes,
     /// Who answered.
     pub agent: Agent,
-    /// The connection on which it did, where it takes one more request. It must be used for
-    /// `/init` at once or be closed: it must not live until the next snapshot.
-    pub connection: Option<Stream>,
+    /// Where sockets come from that reach it.
+    pub sockets: Sockets,
+    /// What it said to `/init`, where that was asked for.
+    pub init: Option<Acknowledged>,
     /// The directory with its API socket.
     pub vm_dir: PathBuf,
     /// When what was reached.
