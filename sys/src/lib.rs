@@ -10,5 +10,6 @@ pub mod netns;
 pub mod process;
 pub mod tun;
 pub mod uffd;
+pub mod userns;
 
 pub use error::CallError;
