@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,26 +11,29 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use rewake::deadline::Deadline;
 use rewake::doctor;
+use rewake::envd;
 use rewake::envd::client::{Client as Agent, ClientOptions, Incarnation};
 use rewake::envd::hedge::Hedge;
-use rewake::envd::init::Init;
+use rewake::envd::init::{Init, Lifecycle};
 use rewake::envd::ready::await_ready;
 use rewake::envd::socket::{CurrentNetns, InNetns, Sockets};
 use rewake::fault::Faults;
 use rewake::ids::SandboxId;
-use rewake::plan::{MemoryMode, RestoreInputs};
+use rewake::plan::RestoreInputs;
 use rewake::probe_guest;
 use rewake::resource::ledger::{Ledger, Step};
-use rewake::resource::net::{HostNet, NetConfig, Slot};
+use rewake::resource::net::{CreateError, HostNet, NetConfig, NetError, Slot};
 use rewake::restore::{RestoreSpec, Restored, restore};
 use rewake::units::Bytes;
 use rewake::vm_config::{
-    BalloonConfig, ConsoleConfig, ConsoleOutputMode, CpusConfig, MemoryConfig, NetConfig as VmNet,
-    PayloadConfig, SerialConfig, VmConfig,
+    BalloonConfig, ConsoleConfig, ConsoleOutputMode, CpusConfig, MacAddr, MemoryConfig,
+    NetConfig as VmNet, PayloadConfig, SerialConfig, VmConfig,
 };
-use rewake::vmm::api::Client;
+use rewake::vmm::api::{ApiError, Client};
+
 use rewake::vmm::launch::{ApiSocket, LaunchSpec, StopLimits, Vmm, launch};
-use rewake_sys::{kvm, netns, userns};
+use rewake::wire::json::{self, JsonLimits};
+use rewake_sys::{CallError, kvm, netns, userns};
 use serde_json::Value;
 
 use super::restore::Mode;
@@ -75,7 +78,11 @@ enum Kernel {
 enum Network {
     /// A real slot: namespace, tap, links; in a host of its own, so that nothing of this
     /// machine's network is touched.
-    Slot { net: HostNet, slot: Option<Slot> },
+    Slot {
+        net: Box<HostNet>,
+        /// Gone once it was taken down.
+        slot: Option<Slot>,
+    },
     /// The stand-in's agent on a port of this machine, where no namespace may be made.
     Loopback { guest: SocketAddr },
 }
@@ -91,6 +98,17 @@ impl<E: Into<Failure>> From<E> for Setback {
     fn from(error: E) -> Self {
         Self::Failed(error.into())
     }
+}
+
+/// Why there is no network slot for the demo.
+#[derive(Debug, thiserror::Error)]
+enum SlotProblem {
+    #[error("Cannot make a network namespace")]
+    Namespace(#[source] CallError),
+    #[error("Cannot use the namespace as a host")]
+    Host(#[source] NetError),
+    #[error("Cannot make a network slot")]
+    Create(#[source] CreateError),
 }
 
 /// The restored guest is not the one that was frozen.
@@ -139,7 +157,10 @@ fn choose(args: &DemoArgs) -> Result<Actor, String> {
     if args.stand_in {
         return Err("the stand-in was asked for".to_owned());
     }
-    let program = args.vmm.clone().or_else(|| doctor::find_program("cloud-hypervisor"));
+    let program = args
+        .vmm
+        .clone()
+        .or_else(|| doctor::find_program("cloud-hypervisor"));
     let program = program.ok_or("it is not on PATH")?;
     kvm::api_version().map_err(|error| error.to_string())?;
     if probe_guest::ELF.is_none() {
@@ -150,7 +171,9 @@ fn choose(args: &DemoArgs) -> Result<Actor, String> {
     Ok(Actor {
         spec: LaunchSpec {
             program,
-            env: env.collect::<Option<_>>().ok_or("--vmm-env takes NAME=VALUE")?,
+            env: env
+                .collect::<Option<_>>()
+                .ok_or("--vmm-env takes NAME=VALUE")?,
             ..LaunchSpec::default()
         },
         kernel: Kernel::ProbeGuest,
@@ -171,26 +194,29 @@ fn stand_in() -> Result<Actor, Failure> {
 
 fn tell(actor: &Actor, args: &DemoArgs, tale: &Tale) -> Result<Value, Setback> {
     let mut ledger = Ledger::new();
-    let told = tell_in(actor, args, tale, &mut ledger);
+    let deadline = Deadline::after(BUDGET);
+    let dir = scratch(&mut ledger)?;
+    let mut network = Network::make(actor, &dir, deadline)?;
+    let told = tell_in(actor, args, tale, &dir, &network, deadline);
+    let mut left: Vec<String> = network.remove().into_iter().collect();
     let leftovers = ledger.unwind(Deadline::after(BUDGET));
+    left.extend(leftovers.iter().map(ToString::to_string));
     let document = told?;
-    if leftovers.is_empty() {
-        tale.say("5. Everything is gone again: processes, namespace, files.");
-        return Ok(document);
+    if !left.is_empty() {
+        return Err(LeftOver(left.join(", ")).into());
     }
-    let leftovers: Vec<_> = leftovers.iter().map(ToString::to_string).collect();
-    Err(LeftOver(leftovers.join(", ")).into())
+    tale.say("5. Everything is gone again: processes, namespaces, files.");
+    Ok(document)
 }
 
 fn tell_in(
     actor: &Actor,
     args: &DemoArgs,
     tale: &Tale,
-    ledger: &mut Ledger,
+    dir: &Path,
+    network: &Network,
+    deadline: Deadline,
 ) -> Result<Value, Setback> {
-    let deadline = Deadline::after(BUDGET);
-    let dir = scratch(ledger)?;
-    let network = Network::make(actor, &dir, ledger, deadline)?;
     let mut actor = actor.clone();
     network.instruct(&mut actor);
     tale.say(&format!(
@@ -198,7 +224,7 @@ fn tell_in(
         actor.title(),
         network.place()
     ));
-    let before = boot_and_freeze(&actor, &network, &dir, tale, deadline)?;
+    let before = boot_and_freeze(&actor, network, dir, tale, deadline)?;
 
     let mut inputs = RestoreInputs::new(SandboxId::random(), dir.join("snapshot"));
     inputs.memory_mode = args.memory_mode.into();
@@ -208,7 +234,7 @@ fn tell_in(
     spec.netns = network.netns_path();
     spec.init = Some(Init::new());
     let restored = restore(&spec, deadline)?;
-    let after = recall(&actor, &network, deadline)?;
+    let after = recall(&actor, network, deadline)?;
     tale.say("3. The snapshot is restored, and its guest agent has answered:");
     tale.show(&restored);
     if after.nonce != before.nonce || after.counter <= before.counter {
@@ -247,23 +273,32 @@ fn boot_and_freeze(
     let mut processes = Ledger::new();
     let (socket, stream) = ApiSocket::bind(&dir.join("first.sock"))?;
     drop(stream);
-    let netns = network.netns_path().map(|path| netns::open(&path)).transpose()?;
+    let netns = network
+        .netns_path()
+        .map(|path| netns::open(&path))
+        .transpose()?;
     let netns = netns.as_ref().map(AsFd::as_fd);
     let mut vmm = launch(&actor.spec, socket, netns, &[], &mut processes)?;
     let mut api = Client::connect(vmm.api_path(), deadline)?;
     api.create(&vm_config(actor, network, dir)?, deadline)?;
     api.boot(deadline)?;
     let pidfd = Some(vmm.process().as_fd());
-    await_ready(network.guest(), network.sockets()?, Hedge::default(), deadline, pidfd)?;
+    await_ready(
+        network.guest(),
+        network.sockets(),
+        Hedge::default(),
+        deadline,
+        pidfd,
+    )?;
     let memory = recall(actor, network, deadline)?;
 
-    let agent = agent(network)?;
-    agent.prepare_snapshot(MEMORY, deadline)?;
+    agent(network).prepare_snapshot(MEMORY, deadline)?;
     let snapshot = dir.join("snapshot");
     fs::create_dir(&snapshot)?;
     let begun = Instant::now();
     api.pause(deadline)?;
-    api.snapshot(&snapshot, deadline).map_err(Setback::NoSnapshot)?;
+    api.snapshot(&snapshot, deadline)
+        .map_err(Setback::NoSnapshot)?;
     let took = begun.elapsed();
     end(&mut vmm, api, deadline)?;
     tale.say(&format!(
@@ -288,11 +323,6 @@ fn vm_config(actor: &Actor, network: &Network, dir: &Path) -> Result<VmConfig, S
         Kernel::Played => fs::write(&kernel, "the stand-in does not read its kernel")?,
     }
     let settings = probe_guest::Settings::default();
-    let net = network.tap().map(|(tap, mac)| VmNet {
-        tap: Some(tap),
-        mac: Some(mac),
-        ..VmNet::default()
-    });
     Ok(VmConfig {
         cpus: CpusConfig::default(),
         memory: MemoryConfig {
@@ -304,7 +334,7 @@ fn vm_config(actor: &Actor, network: &Network, dir: &Path) -> Result<VmConfig, S
             cmdline: Some(settings.to_string()),
             ..PayloadConfig::default()
         }),
-        net: net.map(|net| vec![net]),
+        net: network.device().map(|device| vec![device]),
         balloon: Some(BalloonConfig::default()),
         console: ConsoleConfig {
             mode: ConsoleOutputMode::Off,
@@ -337,7 +367,7 @@ fn recall(actor: &Actor, network: &Network, deadline: Deadline) -> Result<Memory
         Kernel::ProbeGuest => "/probe",
         Kernel::Played => "/sim/state",
     };
-    let answer = agent(network)?.get_raw(target, deadline)?;
+    let answer = agent(network).get_other(target, deadline)?;
     let limits = JsonLimits {
         bytes: 4 << 10,
         depth: 4,
@@ -350,16 +380,16 @@ fn recall(actor: &Actor, network: &Network, deadline: Deadline) -> Result<Memory
     }
 }
 
-fn agent(network: &Network) -> Result<Agent, Setback> {
+fn agent(network: &Network) -> Agent {
     let incarnation = Incarnation {
         sandbox: SandboxId::random(),
         lifecycle: Lifecycle::random(),
     };
     let options = ClientOptions {
-        sockets: network.sockets()?,
+        sockets: network.sockets(),
         ..ClientOptions::default()
     };
-    Ok(Agent::new(network.guest(), incarnation, options))
+    Agent::new(network.guest(), incarnation, options)
 }
 
 impl Actor {
@@ -372,44 +402,129 @@ impl Actor {
 }
 
 impl Network {
-    fn make(
-        actor: &Actor,
-        dir: &Path,
-        ledger: &mut Ledger,
-        deadline: Deadline,
-    ) -> Result<Self, Setback> {
-        match Self::slot(dir, ledger, deadline) {
+    fn make(actor: &Actor, dir: &Path, deadline: Deadline) -> Result<Self, Setback> {
+        match Self::slot(dir, deadline) {
             Ok(slot) => Ok(slot),
-            Err(failure) if actor.kernel == Kernel::Played => {
-                log::info!("No network slot: {failure}");
-                let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
-                Ok(Self::Loopback { guest: port })
+            Err(error) if actor.kernel == Kernel::Played => {
+                log::info!("No network slot: {error}");
+                // The port is free again at once; the stand-in takes it.
+                let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+                Ok(Self::Loopback {
+                    guest: free.local_addr()?,
+                })
             }
-            Err(failure) => Err(failure.into()),
+            Err(error) => Err(error.into()),
         }
     }
 
-    /// A slot of a host that exists for this demo only: an empty network namespace.
-    fn slot(dir: &Path, ledger: &mut Ledger, deadline: Deadline) -> Result<Self, SlotProblem> {
+    fn slot(dir: &Path, deadline: Deadline) -> Result<Self, SlotProblem> {
         let host = netns::run_in_new(|netns| netns).map_err(SlotProblem::Namespace)?;
         let config = NetConfig {
             runtime_dir: dir.join("slots"),
             netns_dir: dir.join("netns"),
             ..NetConfig::default()
         };
-        let net = HostNet::open_in(host.as_fd(), config, Faults::default())
-            .map_err(SlotProblem::Host)?;
+        let net =
+            HostNet::open_in(host.as_fd(), config, Faults::default()).map_err(SlotProblem::Host)?;
         net.prepare(deadline).map_err(SlotProblem::Host)?;
         let slot = net.create("demo", deadline).map_err(SlotProblem::Create)?;
-        for step in slot.ledger_steps() {
-            ledger.push(step);
-        }
         Ok(Self::Slot {
-            host,
-            path: slot.netns_path().to_owned(),
-            tap: net.config().tap_name.as_str().to_owned(),
-            mac: net.config().guest_mac.to_string(),
-            guest: SocketAddr::from((net.config().guest_address, envd::PORT)),
+            slot: Some(slot),
+            net: Box::new(net),
         })
+    }
+
+    /// Takes it down; the result is what is left.
+    fn remove(&mut self) -> Option<String> {
+        let Self::Slot { net, slot } = self else {
+            return None;
+        };
+        let failure = net.destroy(slot.take()?, Deadline::after(BUDGET)).err()?;
+        Some(failure.to_string())
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Slot { .. } => "slot",
+            Self::Loopback { .. } => "loopback",
+        }
+    }
+
+    fn place(&self) -> &'static str {
+        match self {
+            Self::Slot { .. } => "in a network slot of its own",
+            Self::Loopback { .. } => "on a loopback port (no namespace may be made here)",
+        }
+    }
+
+    fn guest(&self) -> SocketAddr {
+        match self {
+            Self::Slot { net, .. } => SocketAddr::from((net.config().guest_address, envd::PORT)),
+            Self::Loopback { guest } => *guest,
+        }
+    }
+
+    fn netns_path(&self) -> Option<PathBuf> {
+        match self {
+            Self::Slot { slot, .. } => slot.as_ref().map(|slot| slot.netns_path().to_owned()),
+            Self::Loopback { .. } => None,
+        }
+    }
+
+    fn sockets(&self) -> Sockets {
+        if let Self::Slot {
+            slot: Some(slot), ..
+        } = self
+            && let Ok(netns) = slot.netns().try_clone_to_owned()
+        {
+            return Arc::new(InNetns::new(netns));
+        }
+        Arc::new(CurrentNetns)
+    }
+
+    fn device(&self) -> Option<VmNet> {
+        let Self::Slot { net, .. } = self else {
+            return None;
+        };
+        Some(VmNet {
+            tap: Some(net.config().tap_name.as_str().to_owned()),
+            mac: Some(MacAddr(net.config().guest_mac.0)),
+            ..VmNet::default()
+        })
+    }
+
+    /// The stand-in is told where its guest listens if there is no tap.
+    fn instruct(&self, actor: &mut Actor) {
+        if let Self::Loopback { guest } = self {
+            actor
+                .spec
+                .args
+                .extend(["--sim".to_owned(), format!("envd=tcp:{guest}")]);
+        }
+    }
+}
+
+/// What the demo has to say, unless a program is listening.
+struct Tale {
+    quiet: bool,
+}
+
+impl Tale {
+    fn new(global: Global) -> Self {
+        Self { quiet: global.json }
+    }
+
+    fn say(&self, text: &str) {
+        if !self.quiet {
+            println!("{text}");
+        }
+    }
+
+    fn show(&self, restored: &Restored) {
+        if !self.quiet {
+            for line in restored.timeline.to_string().lines() {
+                println!("     {line}");
+            }
+        }
     }
 }

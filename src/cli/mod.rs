@@ -3,6 +3,7 @@
 //! Exit codes: 0 done; 1 the operation failed; 2 the command line was wrong; 3 `doctor`
 //! found something missing; 4 a time limit passed.
 
+mod demo;
 mod doctor;
 mod report;
 mod restore;
@@ -41,6 +42,8 @@ struct Global {
 enum Command {
     /// Say what this machine lacks for restoring sandboxes, and how to mend it
     Doctor(doctor::DoctorArgs),
+    /// Show the whole story: boot, freeze, destroy, restore, remember
+    Demo(demo::DemoArgs),
     /// Bring one snapshot directory back to life and leave the VM running
     Restore(Box<restore::RestoreArgs>),
 }
@@ -59,12 +62,24 @@ impl<E: std::error::Error + 'static> From<E> for Failure {
     }
 }
 
+/// The name under which this program is the stand-in.
+const STAND_IN: &str = "rewake-sim";
+
 /// Runs the command line of this process.
 pub(crate) fn main() -> ExitCode {
+    // The stand-in is this program under another name, so that one binary has it all.
+    #[cfg(feature = "sim")]
+    if std::env::args_os()
+        .next()
+        .is_some_and(|name| name == STAND_IN)
+    {
+        return rewake::sim::main(std::env::args_os());
+    }
     let cli = Cli::parse();
     start_log(cli.global.verbose);
     let outcome = match &cli.command {
         Command::Doctor(args) => doctor::run(args, cli.global),
+        Command::Demo(args) => demo::run(args, cli.global),
         Command::Restore(args) => restore::run(args, cli.global),
     };
     match outcome {

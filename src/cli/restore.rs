@@ -76,12 +76,22 @@ pub(super) struct VmmArgs {
     vmm_arg: Vec<String>,
 }
 
+/// How memory comes back, on the command line.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Mode {
+pub(super) enum Mode {
     /// All of it is read first
     Copy,
     /// Page by page, as it is touched
     OnDemand,
+}
+
+impl From<Mode> for MemoryMode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Copy => Self::Copy,
+            Mode::OnDemand => Self::OnDemand,
+        }
+    }
 }
 
 impl VmmArgs {
@@ -127,10 +137,7 @@ fn spec(args: &RestoreArgs) -> Result<RestoreSpec, Failure> {
     let mut inputs = RestoreInputs::new(id, &args.directory);
     inputs.template_id.clone_from(&args.template);
     inputs.tap.clone_from(&args.tap);
-    inputs.memory_mode = match args.memory_mode {
-        Mode::Copy => MemoryMode::Copy,
-        Mode::OnDemand => MemoryMode::OnDemand,
-    };
+    inputs.memory_mode = args.memory_mode.into();
     if args.recorded_memory_files {
         inputs.policy.memory_files = Recorded::Keep;
     }

@@ -478,6 +478,16 @@ impl Client {
         parse(&response.body).map_err(|source| ClientError::Reply { path, source })
     }
 
+    /// Asks for anything else: agents may have words of their own. The answer is whatever
+    /// it is, with any status, within the bounds that a guest is held to.
+    ///
+    /// # Errors
+    /// [`ClientError::NoAnswer`], [`ClientError::Garbled`], [`ClientError::Request`].
+    pub fn get_other(&self, path: &str, deadline: Deadline) -> Result<Response, ClientError> {
+        let request = self.request(Method::Get, path);
+        self.exchange(&request, Self::ENVS, deadline)
+    }
+
     fn get(
         &self,
         path: &'static str,
