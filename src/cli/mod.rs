@@ -62,19 +62,11 @@ impl<E: std::error::Error + 'static> From<E> for Failure {
     }
 }
 
-/// The name under which this program is the stand-in.
+/// The name under which this program is the stand-in: one binary has it all.
 const STAND_IN: &str = "rewake-sim";
 
 /// Runs the command line of this process.
 pub(crate) fn main() -> ExitCode {
-    // The stand-in is this program under another name, so that one binary has it all.
-    #[cfg(feature = "sim")]
-    if std::env::args_os()
-        .next()
-        .is_some_and(|name| name == STAND_IN)
-    {
-        return rewake::sim::main(std::env::args_os());
-    }
     let cli = Cli::parse();
     start_log(cli.global.verbose);
     let outcome = match &cli.command {
