@@ -122,6 +122,14 @@ pub(super) fn state(
         "used_entries": vec![false; 24], "apic_address": 4_276_092_928_u64,
     });
     devices.insert("__ioapic".to_owned(), leaf(&ioapic));
+    if config["serial"]["mode"] != "Off" {
+        let serial = json!({
+            "interrupt_enable": 0, "interrupt_identification": 1, "line_control": 3,
+            "line_status": 96, "modem_control": 8, "modem_status": 176, "scratch": 0,
+            "baud_divisor": 12, "in_buffer": [],
+        });
+        devices.insert("__serial".to_owned(), leaf(&serial));
+    }
     for device in pci_devices(config) {
         let live = active.contains(&device.id);
         let function = json!({

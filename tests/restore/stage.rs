@@ -28,9 +28,9 @@ const STAND_IN: &str = env!("CARGO_BIN_EXE_rewake-sim");
 static COUNT: AtomicU32 = AtomicU32::new(0);
 
 /// A snapshot directory, and what its guest knew when it was frozen.
-pub struct Frozen {
-    pub dir: PathBuf,
-    pub state: Value,
+pub(crate) struct Frozen {
+    pub(crate) dir: PathBuf,
+    pub(crate) state: Value,
 }
 
 fn soon() -> Deadline {
@@ -65,7 +65,7 @@ fn guest_state(guest: SocketAddr) -> Value {
 
 impl Frozen {
     /// Boots a guest of the stand-in, freezes it and ends it.
-    pub fn make(name: &str) -> Self {
+    pub(crate) fn make(name: &str) -> Self {
         let dir = std::env::temp_dir().join(format!("rewake-restore-{}-{name}", std::process::id()));
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir(&dir).unwrap();
@@ -113,7 +113,7 @@ impl Drop for Frozen {
 
 /// One place to restore in: a runtime directory and a port of its own.
 #[derive(Clone)]
-pub struct Scene {
+pub(crate) struct Scene {
     snapshot: PathBuf,
     runtime: PathBuf,
     guest: SocketAddr,
@@ -121,13 +121,13 @@ pub struct Scene {
 }
 
 impl Scene {
-    pub fn of(frozen: &Frozen, faults: &[&str]) -> Self {
+    pub(crate) fn of(frozen: &Frozen, faults: &[&str]) -> Self {
         let faults = faults.iter().map(|fault| format!("fault={fault}"));
         let args: Vec<_> = faults.flat_map(|fault| ["--sim".to_owned(), fault]).collect();
         Self::with_args(frozen, &args)
     }
 
-    pub fn with_args(frozen: &Frozen, args: &[String]) -> Self {
+    pub(crate) fn with_args(frozen: &Frozen, args: &[String]) -> Self {
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         Self {
             snapshot: frozen.dir.join("snapshot"),
@@ -137,7 +137,7 @@ impl Scene {
         }
     }
 
-    pub fn spec(&self) -> RestoreSpec {
+    pub(crate) fn spec(&self) -> RestoreSpec {
         let inputs = RestoreInputs::new(SandboxId::random(), &self.snapshot);
         let mut spec = RestoreSpec::new(inputs, STAND_IN, self.guest);
         spec.vmm = launch_spec(self.guest, &self.args);
@@ -145,7 +145,7 @@ impl Scene {
         spec
     }
 
-    pub fn guest_state(&self) -> Value {
+    pub(crate) fn guest_state(&self) -> Value {
         guest_state(self.guest)
     }
 
@@ -161,12 +161,12 @@ impl Scene {
         .collect()
     }
 
-    pub fn processes(&self) -> usize {
+    pub(crate) fn processes(&self) -> usize {
         self.pids().len()
     }
 
     /// Waits until the process of this scene is there.
-    pub fn await_process(&self) -> u32 {
+    pub(crate) fn await_process(&self) -> u32 {
         for _ in 0..2000 {
             if let Some(pid) = self.pids().first() {
                 return *pid;
@@ -177,7 +177,7 @@ impl Scene {
     }
 
     /// No process, no directory of a VM.
-    pub fn assert_nothing_left(&self) {
+    pub(crate) fn assert_nothing_left(&self) {
         assert_eq!(self.pids(), Vec::<u32>::new(), "processes");
         let vms = self.runtime.join("vm");
         let left: Vec<_> = match fs::read_dir(&vms) {
