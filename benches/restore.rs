@@ -51,8 +51,17 @@ fn main() {
         for round in 0..rounds {
             minimal.push(minimal_loop(&lab, &template, mode, round));
             let restored = restore(&spec(&lab, &template, mode), soon()).expect("a running VM");
-            assert_eq!(lab.probe()["nonce"], nonce, "another guest than the template's");
-            let at = |phase| restored.timeline.at(phase).expect("a phase that was passed");
+            assert_eq!(
+                lab.probe()["nonce"],
+                nonce,
+                "another guest than the template's"
+            );
+            let at = |phase| {
+                restored
+                    .timeline
+                    .at(phase)
+                    .expect("a phase that was passed")
+            };
             ours.push(at(Phase::ApiAccepted));
             ours_from_spawn.push(at(Phase::ApiAccepted) - at(Phase::Planned));
             ready.push(at(Phase::Ready));
@@ -83,7 +92,9 @@ fn spec(lab: &Lab, template: &Path, mode: MemoryMode) -> RestoreSpec {
 
 /// Spawns CH on a listening socket with one request queued, and reads one answer.
 fn minimal_loop(lab: &Lab, template: &Path, mode: MemoryMode, round: usize) -> Duration {
-    let path = lab.dir().join(format!("minimal-{round}-{}.sock", mode.name()));
+    let path = lab
+        .dir()
+        .join(format!("minimal-{round}-{}.sock", mode.name()));
     let listener = UnixListener::bind(&path).expect("bind");
     fcntl_setfd(&listener, FdFlags::empty()).expect("F_SETFD");
     let fd = std::os::fd::AsRawFd::as_raw_fd(&listener);
@@ -115,7 +126,10 @@ fn minimal_loop(lab: &Lab, template: &Path, mode: MemoryMode, round: usize) -> D
         let mut answer = [0; 512];
         let count = stream.read(&mut answer).expect("read");
         let took = begun.elapsed();
-        assert!(answer[..count].starts_with(b"HTTP/1.1 204"), "vm.restore was refused");
+        assert!(
+            answer[..count].starts_with(b"HTTP/1.1 204"),
+            "vm.restore was refused"
+        );
         (took, child)
     })
     .expect("setns");
@@ -128,4 +142,3 @@ fn end(child: &mut Child) {
     child.kill().expect("kill");
     child.wait().expect("wait");
 }
-

@@ -29,7 +29,10 @@ fn main() {
         println!("parent with {resident_gib} GiB more resident:");
         ours.print("vfork-class spawn");
         theirs.print("Command with pre_exec");
-        println!("ratio of medians {:.1}", theirs.median().as_secs_f64() / ours.median().as_secs_f64());
+        println!(
+            "ratio of medians {:.1}",
+            theirs.median().as_secs_f64() / ours.median().as_secs_f64()
+        );
         drop(ballast);
     }
 }
@@ -63,7 +66,10 @@ fn spawn() -> std::time::Duration {
 #[allow(unsafe_code)]
 fn command_with_pre_exec() -> std::time::Duration {
     let mut command = Command::new("/bin/true");
-    command.env_clear().stdin(Stdio::null()).stdout(Stdio::null());
+    command
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
     // SAFETY: the closure does nothing that is not async-signal-safe: it does nothing.
     unsafe { command.pre_exec(|| Ok(())) };
     let begun = Instant::now();

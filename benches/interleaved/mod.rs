@@ -45,7 +45,9 @@ pub fn print_machine() {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let cpu = read("/proc/cpuinfo");
     let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name"));
-    let commit = Command::new("git").args(["rev-parse", "--short", "HEAD"]).output();
+    let commit = Command::new("git")
+        .args(["rev-parse", "--short", "HEAD"])
+        .output();
     let commit = commit.map(|it| String::from_utf8_lossy(&it.stdout).trim().to_owned());
     println!(
         "commit {}, Linux {}, {} x {}, {}",
@@ -53,6 +55,10 @@ pub fn print_machine() {
         read("/proc/sys/kernel/osrelease").trim(),
         std::thread::available_parallelism().map_or(0, usize::from),
         cpu.unwrap_or_default().trim_start_matches([' ', '\t', ':']),
-        if cfg!(debug_assertions) { "debug" } else { "release" }
+        if cfg!(debug_assertions) {
+            "debug"
+        } else {
+            "release"
+        }
     );
 }

@@ -158,11 +158,7 @@ impl Restoring {
         }
         self.read_pipes();
         self.watch_process()?;
-        if let ControlFlow::Break(done) =
-            self.started.api.advance(registry, now, &mut self.timeline)
-        {
-            self.api_done(done)?;
-        }
+        self.advance_api(registry, now)?;
         self.probe(registry, now)?;
         self.say_init(registry, now)?;
         let init_is_over = self.spec.init.is_none() || matches!(self.init, Init::Done(_));
@@ -176,6 +172,16 @@ impl Restoring {
         Ok(None)
     }
 
+    /// Each call that ends may begin the next one, which must be sent before anybody waits.
+    fn advance_api(&mut self, registry: &Registry, now: Instant) -> Result<(), Cause> {
+        while let ControlFlow::Break(done) =
+            self.started.api.advance(registry, now, &mut self.timeline)
+        {
+            self.api_done(done)?;
+        }
+        Ok(())
+    }
+
     /// The balloon is told to deflate once; a failure is a warning.
     fn balloon_or_finish(
         &mut self,
@@ -184,14 +190,10 @@ impl Restoring {
     ) -> Result<Option<Restored>, Cause> {
         if self.started.plan.has_balloon && !self.started.api.balloon_was_tried() {
             let deadline = self.deadline.within(self.spec.budgets.balloon);
-            let begun = self.started.api.deflate_balloon(deadline);
-            if let Err(error) = begun {
+            if let Err(error) = self.started.api.deflate_balloon(deadline) {
                 self.api_done(ApiDone::Balloon(Err(error)))?;
-            } else if let ControlFlow::Break(done) =
-                self.started.api.advance(registry, now, &mut self.timeline)
-            {
-                self.api_done(done)?;
             }
+            self.advance_api(registry, now)?;
             if !self.started.api.is_quiet() {
                 return Ok(None);
             }

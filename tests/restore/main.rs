@@ -46,8 +46,14 @@ fn a_snapshot_goes_in_and_a_guest_that_remembers_comes_out() {
         }
         assert!(restored.timeline.at(Phase::Restored) < restored.timeline.at(Phase::Ready));
         let state = scene.guest_state();
-        assert_eq!(state["nonce"], frozen.state["nonce"], "{mode:?}: restored, not rebooted");
-        assert!(state["counter"].as_u64() > frozen.state["counter"].as_u64(), "{mode:?}");
+        assert_eq!(
+            state["nonce"], frozen.state["nonce"],
+            "{mode:?}: restored, not rebooted"
+        );
+        assert!(
+            state["counter"].as_u64() > frozen.state["counter"].as_u64(),
+            "{mode:?}"
+        );
         assert_eq!(scene.processes(), 1, "one process for one restore");
         assert!(restored.destroy(Deadline::NEVER).is_empty());
         scene.assert_nothing_left();
@@ -61,7 +67,9 @@ fn dropping_a_restored_vm_destroys_it_and_handing_it_over_does_not() {
     drop(restore(&scene.spec(), Deadline::NEVER).unwrap());
     scene.assert_nothing_left();
 
-    let (vmm, steps) = restore(&scene.spec(), Deadline::NEVER).unwrap().into_parts();
+    let (vmm, steps) = restore(&scene.spec(), Deadline::NEVER)
+        .unwrap()
+        .into_parts();
     assert!(!vmm.process().has_ended().unwrap());
     assert_eq!(scene.processes(), 1);
     let mut ledger = rewake::resource::ledger::Ledger::from(steps);
@@ -101,7 +109,12 @@ fn break_at(frozen: &Frozen, broken: &Broken) -> (RestoreError, Duration) {
         panic!("{}: it must not succeed", broken.fault);
     };
     let took = begun.elapsed();
-    assert!(error.leftovers.is_empty(), "{}: {:?}", broken.fault, error.leftovers);
+    assert!(
+        error.leftovers.is_empty(),
+        "{}: {:?}",
+        broken.fault,
+        error.leftovers
+    );
     scene.assert_nothing_left();
     (error, took)
 }
@@ -200,7 +213,11 @@ fn a_flooded_log_neither_blocks_nor_fills_memory_and_errors_quote_its_end() {
     let Err(error) = restore(&scene.spec(), Deadline::after(Duration::from_secs(20))) else {
         panic!("it died");
     };
-    assert!(!error.log.is_empty() && error.log.len() <= 5, "{:?}", error.log);
+    assert!(
+        !error.log.is_empty() && error.log.len() <= 5,
+        "{:?}",
+        error.log
+    );
     scene.assert_nothing_left();
 }
 
@@ -226,9 +243,17 @@ fn versions_that_know_neither_resume_nor_on_demand_are_resumed_and_told_apart() 
         let restored = restored.unwrap_or_else(|error| panic!("v{version}: {error:?}"));
         assert_eq!(restored.version.major.to_string(), version);
         let old = restored.version.major < 52;
-        let expected = if old { MemoryMode::Copy } else { MemoryMode::OnDemand };
+        let expected = if old {
+            MemoryMode::Copy
+        } else {
+            MemoryMode::OnDemand
+        };
         assert_eq!(restored.memory_mode, expected, "v{version}");
-        assert_eq!(restored.timeline.notes().len(), usize::from(old), "v{version}");
+        assert_eq!(
+            restored.timeline.notes().len(),
+            usize::from(old),
+            "v{version}"
+        );
         assert!(restored.destroy(Deadline::NEVER).is_empty());
     }
 }
@@ -244,6 +269,12 @@ fn a_snapshot_that_is_refused_starts_no_process() {
         panic!("the memory file is cut");
     };
     assert_eq!(error.stage, Stage::Check);
-    assert!(matches!(*error.cause, Cause::Snapshot(SnapshotError::MemorySize { .. })), "{error:?}");
+    assert!(
+        matches!(
+            *error.cause,
+            Cause::Snapshot(SnapshotError::MemorySize { .. })
+        ),
+        "{error:?}"
+    );
     scene.assert_nothing_left();
 }

@@ -66,7 +66,8 @@ fn guest_state(guest: SocketAddr) -> Value {
 impl Frozen {
     /// Boots a guest of the stand-in, freezes it and ends it.
     pub(crate) fn make(name: &str) -> Self {
-        let dir = std::env::temp_dir().join(format!("rewake-restore-{}-{name}", std::process::id()));
+        let dir =
+            std::env::temp_dir().join(format!("rewake-restore-{}-{name}", std::process::id()));
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir(&dir).unwrap();
         let kernel = dir.join("kernel");
@@ -94,7 +95,14 @@ impl Frozen {
         };
         api.create(&config, soon()).unwrap();
         api.boot(soon()).unwrap();
-        await_ready(guest, Arc::new(CurrentNetns), Hedge::default(), soon(), None).unwrap();
+        await_ready(
+            guest,
+            Arc::new(CurrentNetns),
+            Hedge::default(),
+            soon(),
+            None,
+        )
+        .unwrap();
         let state = guest_state(guest);
         api.pause(soon()).unwrap();
         let snapshot = dir.join("snapshot");
@@ -123,7 +131,9 @@ pub(crate) struct Scene {
 impl Scene {
     pub(crate) fn of(frozen: &Frozen, faults: &[&str]) -> Self {
         let faults = faults.iter().map(|fault| format!("fault={fault}"));
-        let args: Vec<_> = faults.flat_map(|fault| ["--sim".to_owned(), fault]).collect();
+        let args: Vec<_> = faults
+            .flat_map(|fault| ["--sim".to_owned(), fault])
+            .collect();
         Self::with_args(frozen, &args)
     }
 
