@@ -34,6 +34,7 @@ use rewake::vmm::api::{ApiError, Client};
 use rewake::vmm::launch::{ApiSocket, LaunchSpec, StopLimits, Vmm, launch};
 use rewake::wire::json::{self, JsonLimits};
 use rewake_sys::{CallError, kvm, netns, userns};
+use rustix::mount::UnmountFlags;
 use serde_json::Value;
 
 use super::restore::Mode;
@@ -426,8 +427,14 @@ impl Network {
         };
         let net =
             HostNet::open_in(host.as_fd(), config, Faults::default()).map_err(SlotProblem::Host)?;
-        net.prepare(deadline).map_err(SlotProblem::Host)?;
-        let slot = net.create("demo", deadline).map_err(SlotProblem::Create)?;
+        let slot = net
+            .prepare(deadline)
+            .map_err(SlotProblem::Host)
+            .and_then(|()| net.create("demo", deadline).map_err(SlotProblem::Create));
+        let slot = slot.inspect_err(|_| {
+            // Where it was not mounted yet there is nothing to unmount.
+            let _ = unmount_namespaces(&net);
+        })?;
         Ok(Self::Slot {
             slot: Some(slot),
             net: Box::new(net),
@@ -439,8 +446,10 @@ impl Network {
         let Self::Slot { net, slot } = self else {
             return None;
         };
-        let failure = net.destroy(slot.take()?, Deadline::after(BUDGET)).err()?;
-        Some(failure.to_string())
+        let failure = net.destroy(slot.take()?, Deadline::after(BUDGET)).err();
+        let mounted = unmount_namespaces(net).err();
+        let mounted = mounted.map(|error| format!("the mount of namespaces: {error}"));
+        failure.map(|failure| failure.to_string()).or(mounted)
     }
 
     fn name(&self) -> &'static str {
@@ -502,6 +511,11 @@ impl Network {
                 .extend(["--sim".to_owned(), format!("envd=tcp:{guest}")]);
         }
     }
+}
+
+/// The directory of namespaces is a mount of its own, as `ip netns` makes it.
+fn unmount_namespaces(net: &HostNet) -> rustix::io::Result<()> {
+    rustix::mount::unmount(&net.config().netns_dir, UnmountFlags::DETACH)
 }
 
 /// What the demo has to say, unless a program is listening.

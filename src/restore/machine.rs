@@ -161,13 +161,12 @@ impl Restoring {
         self.advance_api(registry, now)?;
         self.probe(registry, now)?;
         self.say_init(registry, now)?;
+        self.deflate_balloon(registry, now)?;
         let init_is_over = self.spec.init.is_none() || matches!(self.init, Init::Done(_));
-        if self.ready.is_some()
-            && init_is_over
-            && self.started.api.is_running()
-            && self.started.api.is_quiet()
-        {
-            return self.balloon_or_finish(registry, now);
+        let over = self.ready.is_some() && init_is_over;
+        if over && self.started.api.is_running() && self.started.api.is_quiet() {
+            self.deregister(registry);
+            return Ok(self.finish());
         }
         Ok(None)
     }
@@ -182,24 +181,19 @@ impl Restoring {
         Ok(())
     }
 
-    /// The balloon is told to deflate once; a failure is a warning.
-    fn balloon_or_finish(
-        &mut self,
-        registry: &Registry,
-        now: Instant,
-    ) -> Result<Option<Restored>, Cause> {
-        if self.started.plan.has_balloon && !self.started.api.balloon_was_tried() {
-            let deadline = self.deadline.within(self.spec.budgets.balloon);
-            if let Err(error) = self.started.api.deflate_balloon(deadline) {
-                self.api_done(ApiDone::Balloon(Err(error)))?;
-            }
-            self.advance_api(registry, now)?;
-            if !self.started.api.is_quiet() {
-                return Ok(None);
-            }
+    /// Once the agent is ready the balloon is told to deflate, beside `/init`. A failure is a
+    /// warning.
+    fn deflate_balloon(&mut self, registry: &Registry, now: Instant) -> Result<(), Cause> {
+        let api = &mut self.started.api;
+        let its_turn = self.ready.is_some() && api.is_running() && api.is_quiet();
+        if !its_turn || !self.started.plan.has_balloon || api.balloon_was_tried() {
+            return Ok(());
         }
-        self.deregister(registry);
-        Ok(self.finish())
+        let deadline = self.deadline.within(self.spec.budgets.balloon);
+        if let Err(error) = api.deflate_balloon(deadline) {
+            self.api_done(ApiDone::Balloon(Err(error)))?;
+        }
+        self.advance_api(registry, now)
     }
 
     fn finish(&mut self) -> Option<Restored> {
