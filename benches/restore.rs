@@ -10,6 +10,8 @@
 
 #[path = "interleaved/mod.rs"]
 mod interleaved;
+// Shared with the tests, which use more of it.
+#[allow(dead_code)]
 #[path = "../tests/probe_guest/lab.rs"]
 mod lab;
 

@@ -10,6 +10,8 @@
 //! Everything is synchronous. One event loop ([`wire::reactor`]) watches sockets, pipes,
 //! pidfds and timers; one process is started per restore: Cloud Hypervisor itself.
 
+#![forbid(unsafe_code)]
+
 // Vocabulary: validated names, units, the one absolute time budget.
 pub mod deadline;
 pub mod ids;

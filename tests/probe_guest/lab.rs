@@ -146,14 +146,27 @@ impl Lab {
             memory_mode: mode,
             ..RestoreInputs::new(id.parse().unwrap(), source)
         };
-        let guest = SocketAddr::from((GUEST, probe_guest::PORT));
-        let mut spec = RestoreSpec::new(inputs, &self.program, guest);
+        let mut spec = RestoreSpec::new(inputs, &self.program, self.guest());
         spec.runtime_dir = self.dir.join("run");
-        let process = std::process::id();
-        let number = std::os::fd::AsRawFd::as_raw_fd(&self.netns);
-        spec.netns = Some(format!("/proc/{process}/fd/{number}").into());
+        spec.netns = Some(self.netns_path());
         spec.vmm.env = self.environment();
         restore(&spec, soon()).unwrap_or_else(|error| panic!("{error:#?}"))
+    }
+
+    /// The `cloud-hypervisor` in use.
+    pub(crate) fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// Where the guest listens, seen from the lab's namespace.
+    pub(crate) fn guest(&self) -> SocketAddr {
+        SocketAddr::from((GUEST, probe_guest::PORT))
+    }
+
+    /// The namespace as a path, for as long as the lab lives.
+    pub(crate) fn netns_path(&self) -> PathBuf {
+        let number = std::os::fd::AsRawFd::as_raw_fd(&self.netns);
+        format!("/proc/{}/fd/{number}", std::process::id()).into()
     }
 
     fn environment(&self) -> Vec<(String, String)> {
