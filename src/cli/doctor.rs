@@ -15,7 +15,11 @@ pub(super) struct DoctorArgs {
 }
 
 pub(super) fn run(args: &DoctorArgs, global: Global) -> Result<(), Failure> {
-    let findings = doctor::examine(args.vmm.as_deref());
+    print(&doctor::examine(args.vmm.as_deref()), global)
+}
+
+/// Prints findings; one that is missing is a failure.
+pub(super) fn print(findings: &[doctor::Finding], global: Global) -> Result<(), Failure> {
     if global.json {
         report::json(&serde_json::json!({ "findings": findings }))?;
     } else {

@@ -5,6 +5,7 @@
 
 mod demo;
 mod doctor;
+mod net;
 mod report;
 mod restore;
 
@@ -44,6 +45,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Show the whole story: boot, freeze, destroy, restore, remember
     Demo(demo::DemoArgs),
+    /// Build, show, check and remove network slots by hand
+    Net(net::NetArgs),
     /// Bring one snapshot directory back to life and leave the VM running
     Restore(Box<restore::RestoreArgs>),
 }
@@ -72,6 +75,7 @@ pub(crate) fn main() -> ExitCode {
     let outcome = match &cli.command {
         Command::Doctor(args) => doctor::run(args, cli.global),
         Command::Demo(args) => demo::run(args, cli.global),
+        Command::Net(args) => net::run(args, cli.global),
         Command::Restore(args) => restore::run(args, cli.global),
     };
     match outcome {

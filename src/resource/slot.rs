@@ -431,13 +431,21 @@ impl SlotLease {
         self.change(|record| record.steps = steps)
     }
 
+    /// Marks the slot as kept for its owner when nobody holds it, or no longer.
+    ///
+    /// # Errors
+    /// [`SlotError::File`].
+    pub fn set_parked(&mut self, parked: bool) -> Result<(), SlotError> {
+        self.change(|record| record.parked = parked)
+    }
+
     /// Lets go of the slot but keeps it for its owner, who comes back with
     /// [`Slots::reserve`].
     ///
     /// # Errors
     /// [`SlotError::File`].
     pub fn park(mut self) -> Result<(), SlotError> {
-        self.change(|record| record.parked = true)
+        self.set_parked(true)
     }
 
     /// Whether the VMM noted in the record has not been proven dead.

@@ -1,5 +1,7 @@
 //! Whether a slot is still as it was built.
 
+use std::os::unix::fs::MetadataExt;
+
 use rewake_sys::netns;
 
 use super::create::Slot;
@@ -37,5 +39,17 @@ impl HostNet {
             Some(link) if !link.up => Err(damaged(format!("{} is down", plan.veth))),
             Some(_) => Ok(()),
         }
+    }
+
+    /// Whether the pin names the slot's namespace and the link has its name and index. Takes
+    /// none of the kernel's network locks, so it never waits for somebody else's changes.
+    pub(super) fn is_healthy(&self, slot: &Slot) -> bool {
+        let pinned = std::fs::symlink_metadata(slot.netns_path()).is_ok_and(|it| {
+            netns::identity(slot.netns()).is_ok_and(|ns| ns == (it.dev(), it.ino()))
+        });
+        let plan = slot.plan();
+        pinned
+            && rustix::net::netdevice::name_to_index(&self.socket, &plan.veth)
+                .is_ok_and(|index| index == plan.veth_index)
     }
 }

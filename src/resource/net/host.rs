@@ -35,6 +35,8 @@ pub struct HostNet {
     pub(super) slots: Slots,
     pub(super) netns: OwnedFd,
     pub(super) faults: Faults,
+    /// For questions that an `ioctl` answers without the kernel's network locks.
+    pub(super) socket: OwnedFd,
     sockets: Mutex<Sockets>,
 }
 
@@ -99,8 +101,13 @@ impl HostNet {
             step: "open the host's namespace".to_owned(),
             source,
         })?;
+        let socket = netns::tcp_socket().map_err(|source| NetError::Call {
+            step: "open a socket".to_owned(),
+            source,
+        })?;
         Ok(Self {
             sockets: Mutex::new(Sockets::open(&faults)?),
+            socket,
             config,
             slots,
             netns,
