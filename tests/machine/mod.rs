@@ -262,7 +262,9 @@ impl Guest<'_> {
                 Ok((200 | 204, body)) => return body,
                 other => assert!(
                     start.elapsed() < limit,
-                    "no answer to {target} on port {port}: {other:?}"
+                    "no answer to {target} on port {port}: {other:?}; log of the agent: {:?}",
+                    self.request(SHELL_PORT, "GET", "/agent.log", b"")
+                        .map(|(_, body)| String::from_utf8_lossy(&body).into_owned())
                 ),
             }
             std::thread::sleep(Duration::from_millis(100));
