@@ -101,3 +101,21 @@ fn host_and_guest_agree_on_the_pattern() {
             .starts_with("ip=169.254.0.21:")
     );
 }
+
+/// The guest is no member of the workspace, so `cargo fmt` passes it by.
+#[test]
+fn its_sources_are_formatted() {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/guest/src/main.rs");
+    let mut rustfmt = Command::new("rustfmt");
+    match rustfmt
+        .args(["--edition", "2024", "--check", root])
+        .output()
+    {
+        Ok(output) => assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stdout)
+        ),
+        Err(error) => eprintln!("SKIP its_sources_are_formatted: rustfmt: {error}"),
+    }
+}
