@@ -10,5 +10,7 @@ mod process;
 
 #[path = "sim/lives.rs"]
 mod lives;
+#[path = "sim/netns.rs"]
+mod netns;
 #[path = "sim/replay.rs"]
 mod replay;

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::process::{Scratch, Vmm};
 
 /// Asserts that `after` is the same life as `before`, later, with all its memory.
-fn goes_on(before: &Value, after: &Value, what: &str) {
+pub(crate) fn goes_on(before: &Value, after: &Value, what: &str) {
     assert_eq!(before["nonce"], after["nonce"], "{what}");
     assert!(
         before["counter"].as_u64() < after["counter"].as_u64(),
@@ -40,6 +40,16 @@ fn edit_memory_state(dir: &Path, change: impl FnOnce(&mut Value)) {
         change(&mut inner);
         *node = inner.to_string().into();
     });
+}
+
+/// Rewrites a snapshot so that its memory file is mapped privately.
+pub(crate) fn map_memory(dir: &Path, size: u64) {
+    let file = dir.join("memory-ranges");
+    edit(dir, "config.json", |config| {
+        config["memory"]["size"] = json!(0);
+        config["memory"]["zones"] = json!([{"id": "mem0", "size": size, "file": file}]);
+    });
+    edit_memory_state(dir, |state| state["memory_ranges"]["data"] = json!([]));
 }
 
 #[test]

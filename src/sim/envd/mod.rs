@@ -347,3 +347,6 @@ fn date(unix_ns: i64) -> String {
         .timestamp_to_rfc9110_string(&time)
         .unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests;
