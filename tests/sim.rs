@@ -8,9 +8,13 @@
 #[path = "sim/process.rs"]
 mod process;
 
+#[path = "sim/faults.rs"]
+mod faults;
 #[path = "sim/lives.rs"]
 mod lives;
 #[path = "sim/netns.rs"]
 mod netns;
+#[path = "sim/real.rs"]
+mod real;
 #[path = "sim/replay.rs"]
 mod replay;

@@ -506,8 +506,8 @@ pub(super) struct Memory {
     /// The zones, or one called `mem0` for a guest without zones.
     pub(super) zones: Vec<Zone>,
     pub(super) hotplug_size: u64,
-    /// `size` and `zones` contradict each other.
-    pub(super) contradictory: bool,
+    /// `size` beside `zones`: bytes that contradict them. Refused at boot.
+    pub(super) beside_zones: u64,
 }
 
 impl Memory {
@@ -537,13 +537,14 @@ impl Memory {
         Self {
             zones,
             hotplug_size: memory["hotplug_size"].as_u64().unwrap_or(0),
-            contradictory: size > 0 && memory["zones"].is_array(),
+            beside_zones: if memory["zones"].is_array() { size } else { 0 },
         }
     }
 
     /// Bytes of RAM.
     pub(super) fn total(&self) -> u64 {
-        self.zones.iter().map(|zone| zone.size).sum()
+        let zones: u64 = self.zones.iter().map(|zone| zone.size).sum();
+        zones + self.beside_zones
     }
 }
 

@@ -94,7 +94,7 @@ pub(super) struct Ram {
 impl Ram {
     /// Fresh RAM for a VM that boots.
     pub(super) fn fresh(memory: &Memory) -> Result<Self, Chain> {
-        if memory.contradictory {
+        if memory.beside_zones > 0 {
             return Err(chain([
                 "Memory manager error",
                 "Memory configuration is not valid",
@@ -146,7 +146,7 @@ impl Ram {
 
     /// RAM as the memory manager's state describes it, not filled yet.
     pub(super) fn restored(memory: &Memory, state: &Value) -> Result<Self, Chain> {
-        if memory.contradictory {
+        if memory.beside_zones > 0 {
             return Err(chain([
                 "Memory manager error",
                 "Memory configuration is not valid",
@@ -713,7 +713,7 @@ mod tests {
                 shared,
             }],
             hotplug_size: 0,
-            contradictory: false,
+            beside_zones: 0,
         }
     }
 

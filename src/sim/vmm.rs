@@ -216,7 +216,12 @@ impl Vmm {
         let Some(config) = &self.config else {
             return self.refuse_with("The VM info is not available", "VM is not created");
         };
-        let balloon = config["balloon"]["size"].as_u64().unwrap_or(0);
+        // A guest without the driver gives nothing up.
+        let inflated = |vm: &Vm| vm.active.iter().any(|id| id == "__balloon");
+        let balloon = match self.vm.as_ref().filter(|vm| inflated(vm)) {
+            Some(_) => config["balloon"]["size"].as_u64().unwrap_or(0),
+            None => 0,
+        };
         let total = self
             .vm
             .as_ref()
@@ -288,10 +293,10 @@ impl Vmm {
         if self.vm.is_some() {
             return self.refuse_with(WHAT, "VM is already created");
         }
+        self.monitor.vm("booting");
         let Some(mut config) = self.config.clone() else {
             return self.refuse_with(WHAT, "VM config is missing");
         };
-        self.monitor.vm("booting");
         match self.build(&mut config) {
             Ok(vm) => {
                 self.config = Some(config.clone());
@@ -737,10 +742,10 @@ impl Vmm {
 
     pub(super) fn reboot(&mut self, now: Instant) -> Outcome {
         const WHAT: &str = "The VM could not reboot";
+        self.monitor.vm("rebooting");
         if self.vm.is_none() {
             return self.refuse_with(WHAT, "VM is not created");
         }
-        self.monitor.vm("rebooting");
         let Some(mut config) = self.config.clone() else {
             return self.refuse_with(WHAT, "VM config is missing");
         };

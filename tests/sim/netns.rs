@@ -34,7 +34,7 @@ fn in_netns(test: &str, work: impl FnOnce() + Send) {
             "link set lo up",
         ] {
             let done = Command::new("ip").args(words.split(' ')).status();
-            if !done.as_ref().is_ok_and(|status| status.success()) {
+            if !done.as_ref().is_ok_and(std::process::ExitStatus::success) {
                 return Err(format!("ip {words}: {done:?}"));
             }
         }
