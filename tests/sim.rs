@@ -10,6 +10,8 @@ mod process;
 
 #[path = "sim/faults.rs"]
 mod faults;
+#[path = "sim/launched.rs"]
+mod launched;
 #[path = "sim/lives.rs"]
 mod lives;
 #[path = "sim/netns.rs"]

@@ -9,7 +9,7 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -82,18 +82,34 @@ struct Shared {
     connections: usize,
 }
 
+struct Office {
+    shared: Mutex<Shared>,
+    /// A request was answered: there may be work.
+    answered: Condvar,
+}
+
+impl Office {
+    /// A thread that panicked leaves nothing half done that matters here.
+    fn enter(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 fn serve(options: &Options) -> io::Result<()> {
     let listener = TcpListener::bind(options.listen)?;
     println!(
         "rewake-sim guest-agent (stand-in for envd) listens on {}",
         listener.local_addr()?
     );
-    let shared = Arc::new(Mutex::new(Shared {
-        agent: Agent::new(options.dialect),
-        machine: Machine::new(options.pattern_mib),
-        connections: 0,
-    }));
-    let background = Arc::clone(&shared);
+    let office = Arc::new(Office {
+        shared: Mutex::new(Shared {
+            agent: Agent::new(options.dialect),
+            machine: Machine::new(options.pattern_mib),
+            connections: 0,
+        }),
+        answered: Condvar::new(),
+    });
+    let background = Arc::clone(&office);
     thread::spawn(move || work(&background));
     loop {
         let stream = match listener.accept() {
@@ -101,39 +117,38 @@ fn serve(options: &Options) -> io::Result<()> {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(error),
         };
-        let mut held = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = office.enter();
         if held.connections >= MAX_CONNECTIONS {
             continue;
         }
         held.connections += 1;
         drop(held);
-        let shared = Arc::clone(&shared);
+        let office = Arc::clone(&office);
         thread::spawn(move || {
             // The peer is free to leave in the middle of anything.
-            let _left = converse(stream, &shared);
-            let mut held = shared.lock().unwrap_or_else(PoisonError::into_inner);
-            held.connections -= 1;
+            let _left = converse(stream, &office);
+            office.enter().connections -= 1;
         });
     }
 }
 
 /// Ticks, and walks through memory while a preload runs.
-fn work(shared: &Mutex<Shared>) {
+fn work(office: &Office) {
+    let mut held = office.enter();
     loop {
-        let mut held = shared.lock().unwrap_or_else(PoisonError::into_inner);
         let Shared { agent, machine, .. } = &mut *held;
         machine.counter += 1;
         let wake = agent.advance(machine, Disturb::default(), Instant::now());
-        drop(held);
         let pause = match wake {
             Some(at) => at.saturating_duration_since(Instant::now()),
             None => Duration::from_millis(50),
         };
-        thread::sleep(pause);
+        let waited = office.answered.wait_timeout(held, pause);
+        held = waited.unwrap_or_else(PoisonError::into_inner).0;
     }
 }
 
-fn converse(mut stream: TcpStream, shared: &Mutex<Shared>) -> io::Result<()> {
+fn converse(mut stream: TcpStream, office: &Office) -> io::Result<()> {
     let mut conversation = Conversation::default();
     let mut buffer = [0; 4096];
     stream.set_nodelay(true)?;
@@ -144,11 +159,12 @@ fn converse(mut stream: TcpStream, shared: &Mutex<Shared>) -> io::Result<()> {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(error),
         };
-        let mut held = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = office.enter();
         let Shared { agent, machine, .. } = &mut *held;
         machine.counter += 1;
         let answer = conversation.feed(&buffer[..read], agent, machine);
         drop(held);
+        office.answered.notify_one();
         stream.write_all(&answer)?;
     }
     Ok(())

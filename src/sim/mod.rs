@@ -174,7 +174,13 @@ fn run(options: &Options) -> io::Result<u8> {
         loopback,
     )?;
     if let Some(words) = &options.restore {
-        restore_from_cli(&mut vmm, words)?;
+        if let Err(error) = restore_from_cli(&mut vmm, words) {
+            // As in the original, the socket stays where it is.
+            if let Some(socket) = &mut socket {
+                socket.bound = None;
+            }
+            return Err(error);
+        }
     }
 
     let mut events = Events::with_capacity(128);

@@ -18,7 +18,7 @@ const GUEST: SocketAddr = SocketAddr::new(
 const TAP_MAC: [u8; 6] = [2, 0xfc, 0, 0, 0, 6];
 
 /// Runs `work` in a fresh namespace with `tap0` at 169.254.0.22/30, or skips aloud.
-fn in_netns(test: &str, work: impl FnOnce() + Send) {
+pub(crate) fn in_netns(test: &str, work: impl FnOnce() + Send) {
     let outcome = rewake_sys::netns::run_in_new(|_netns: OwnedFd| -> Result<(), String> {
         let options = TapOptions {
             vnet_header: true,
@@ -48,7 +48,7 @@ fn in_netns(test: &str, work: impl FnOnce() + Send) {
     }
 }
 
-fn start(settings: &[&str]) -> Vmm {
+pub(crate) fn start(settings: &[&str]) -> Vmm {
     let mut command = Command::new(env!("CARGO_BIN_EXE_rewake-sim"));
     command.env_remove("REWAKE_SIM");
     for setting in settings {
@@ -57,12 +57,12 @@ fn start(settings: &[&str]) -> Vmm {
     Vmm::spawn(Scratch::new(), command)
 }
 
-fn net() -> Value {
+pub(crate) fn net() -> Value {
     json!([{"tap": "tap0", "mac": "02:fc:00:00:00:05"}])
 }
 
 /// Asks until the guest answers: an attempt may hit the tap before it has its reader.
-fn state() -> Value {
+pub(crate) fn state() -> Value {
     let until = Instant::now() + Duration::from_secs(10);
     loop {
         match ask("/sim/state", Duration::from_millis(300)) {

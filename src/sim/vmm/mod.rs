@@ -3,27 +3,27 @@
 //! Errors are the chains that v53 answers with, reproduced from runs of the real binary;
 //! where several are possible, the order of checks is that of `vmm/src/lib.rs`.
 
+mod change;
+mod restore;
+mod save;
+
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use mio::Registry;
 use mio::event::Event;
 use mio::net::TcpListener;
-use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::cli::Tuning;
-use super::config::{self, Memory};
-use super::devices::{self, Devices, Kind, device_tree, pci_devices};
-use super::fault::What;
-use super::guest::{BootWords, Guest, Wire};
-use super::ram::{self, Chain, Ram};
-use super::report::{Level, Log, Monitor};
-use super::snapshot;
+use crate::sim::cli::Tuning;
+use crate::sim::config::{self, Memory};
+use crate::sim::devices::{self, Devices, Kind, device_tree, pci_devices};
+use crate::sim::fault::What;
+use crate::sim::guest::{BootWords, Guest, Wire};
+use crate::sim::ram::{Chain, Ram};
+use crate::sim::report::{Level, Log, Monitor};
 use crate::wire::reactor::{TokenRange, earliest};
 
 /// Why a request is refused: its status and its chain, outermost first.
@@ -33,36 +33,10 @@ pub(super) struct Refusal {
     pub(super) chain: Chain,
 }
 
+pub(super) use change::Resize;
+pub(super) use restore::{RestoreConfig, RestoreMode};
+
 pub(super) type Outcome = Result<Option<Value>, Refusal>;
-
-/// Body of vm.restore.
-#[derive(Debug, Default, Clone, Deserialize)]
-pub(super) struct RestoreConfig {
-    pub(super) source_url: String,
-    #[serde(default)]
-    pub(super) prefault: bool,
-    #[serde(default)]
-    pub(super) memory_restore_mode: RestoreMode,
-    #[serde(default)]
-    pub(super) net_fds: Option<Vec<NetFds>>,
-    #[serde(default)]
-    pub(super) resume: bool,
-}
-
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
-pub(super) enum RestoreMode {
-    #[default]
-    Copy,
-    OnDemand,
-}
-
-/// Descriptors meant for one network device.
-#[derive(Debug, Clone, Deserialize)]
-pub(super) struct NetFds {
-    pub(super) id: String,
-    #[serde(default)]
-    pub(super) num_fds: usize,
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -373,148 +347,6 @@ impl Vmm {
         }
     }
 
-    pub(super) fn restore(
-        &mut self,
-        request: &RestoreConfig,
-        fds: Vec<OwnedFd>,
-        now: Instant,
-    ) -> Outcome {
-        const WHAT: &str = "The VM could not be restored";
-        if self.config.is_some() || self.vm.is_some() {
-            return self.refuse_with(WHAT, "VM is already created");
-        }
-        let mut request = request.clone();
-        if !self.tuning.release.knows_restore_mode() {
-            request.memory_restore_mode = RestoreMode::Copy;
-            request.resume = false;
-        }
-        let (dir, mut config, state) = match self.read_snapshot(&request) {
-            Ok(read) => read,
-            Err(chain) => return self.refuse(WHAT, chain),
-        };
-        match self.rebuild(&dir, &mut config, &state, &request, fds) {
-            Ok(Some(vm)) => {
-                self.vm = Some(vm);
-                self.config = Some(config);
-            }
-            Ok(None) => {
-                self.stuck = true;
-                return Ok(None);
-            }
-            Err(chain) => {
-                self.monitor.vm("deleted");
-                return self.refuse(WHAT, chain);
-            }
-        }
-        self.filled_at = now;
-        self.monitor.vm("restoring");
-        if let Err(chain) = self.take_locks() {
-            self.delete_quietly();
-            return self.refuse(WHAT, chain);
-        }
-        self.monitor.vm("restored");
-        if request.resume {
-            return self.resume(now);
-        }
-        Ok(None)
-    }
-
-    fn take_locks(&self) -> Result<(), Chain> {
-        self.vm
-            .as_ref()
-            .map_or(Ok(()), |vm| vm.devices.lock_disks())
-    }
-
-    fn delete_quietly(&mut self) {
-        self.vm = None;
-        self.config = None;
-        self.monitor.vm("deleted");
-    }
-
-    fn read_snapshot(
-        &self,
-        request: &RestoreConfig,
-    ) -> Result<(std::path::PathBuf, Value, Value), Chain> {
-        let cannot = |chain: Chain| -> Chain {
-            std::iter::once("Cannot restore VM".to_owned())
-                .chain(chain)
-                .collect()
-        };
-        let dir = snapshot::directory(&request.source_url).map_err(cannot)?;
-        let raw = snapshot::read(&dir, "config.json", "config").map_err(cannot)?;
-        let config = config::complete(&raw, self.tuning.release).map_err(|reason| {
-            cannot(vec![
-                "Failed to receive migratable component snapshot".to_owned(),
-                "Error deserialising VM config snapshot".to_owned(),
-                reason,
-            ])
-        })?;
-        invalid(request.validate(&config))?;
-        let state = snapshot::read(&dir, "state.json", "state").map_err(cannot)?;
-        Ok((dir, config, state))
-    }
-
-    /// Everything of a restore up to the locks. `None`: it never comes back.
-    fn rebuild(
-        &mut self,
-        dir: &Path,
-        config: &mut Value,
-        state: &Value,
-        request: &RestoreConfig,
-        fds: Vec<OwnedFd>,
-    ) -> Result<Option<Vm>, Chain> {
-        devices::open_consoles(config)?;
-        let memory_state = snapshot::state_of(state, &["memory-manager"]);
-        let ranges = ram::ranges_of(&memory_state);
-        let mut ram = Ram::restored(&Memory::of(config), &memory_state)?;
-        let file = dir.join("memory-ranges");
-        if request.memory_restore_mode == RestoreMode::OnDemand {
-            ram.serve_lazily(&file, &ranges)?;
-        } else if !ram.fill(&file, &ranges, self.tuning.release)? {
-            return Ok(None);
-        }
-        invalid(config::validate(config))?;
-        let mut fds = fds.into_iter();
-        let given = request.net_fds.iter().flatten();
-        let given = given.map(|net| (net.id.clone(), fds.by_ref().take(net.num_fds).collect()));
-        let mut devices = Devices::open(config, given.collect())?;
-        if let Some(path) = config["payload"]["initramfs"].as_str() {
-            File::open(path).map_err(|error| {
-                vec!["Cannot open initramfs file".to_owned(), error.to_string()]
-            })?;
-        }
-        let active = snapshot::activated_devices(state);
-        for id in &active {
-            self.monitor
-                .emit("virtio-device", "activated", json!({"id": id}));
-        }
-        let wire = match devices.tap.take() {
-            Some(tap) => Wire::Tap(tap),
-            None => self.loopback.clone().map_or(Wire::None, Wire::Loopback),
-        };
-        let guest = Guest::restore(&mut ram, wire, &self.registry, self.tokens);
-        let mut guest = guest
-            .map_err(|error| vec!["Cannot read guest memory".to_owned(), error.to_string()])?;
-        match &mut guest {
-            Some(guest) => guest.set_faults(&self.tuning.faults),
-            None => self.log.say(
-                Level::Warn,
-                "no stand-in guest in this memory: it will never answer",
-            ),
-        }
-        let counter = snapshot::state_of(state, &["device-manager"])["device_id_cnt"].as_u64();
-        Ok(Some(Vm {
-            state: State::Paused,
-            ram,
-            guest,
-            devices,
-            active,
-            device_ids: counter.unwrap_or(0),
-            activating: Vec::new(),
-            catch_up: self.tuning.release.advances_clock() && snapshot::clock_catches_up(state),
-        }))
-    }
-
     pub(super) fn pause(&mut self) -> Outcome {
         const WHAT: &str = "The VM could not be paused";
         let Some(vm) = &mut self.vm else {
@@ -569,158 +401,6 @@ impl Vmm {
         vm.state = State::Running;
         self.monitor.vm("resumed");
         Ok(None)
-    }
-
-    pub(super) fn snapshot(&mut self, url: &str) -> Outcome {
-        const WHAT: &str = "The VM could not be snapshotted";
-        let release = self.tuning.release;
-        let (Some(vm), Some(config)) = (&mut self.vm, &self.config) else {
-            return self.refuse_with(WHAT, "VM is not running");
-        };
-        if vm.ram.is_incomplete() && release.fills_in_background() {
-            return self.refuse_with(WHAT, "VM on-demand memory restore is still in progress");
-        }
-        self.monitor.vm("snapshotting");
-        if vm.state != State::Paused {
-            let chain = [
-                "Cannot snapshot VM",
-                "Failed to snapshot migratable component",
-                "Trying to snapshot while VM is running",
-            ];
-            return self.refuse(WHAT, chain.map(str::to_owned).to_vec());
-        }
-        let state = snapshot::state(config, &vm.ram, &vm.active, vm.device_ids, release);
-        self.monitor.vm("snapshotted");
-        let mid = self.tuning.faults.strike("mid-snapshot");
-        let written = write_snapshot(vm, config, &state, url, release, || {
-            disturb_midway(&mid, &self.log)
-        });
-        match written {
-            Ok(()) => Ok(None),
-            Err(chain) => {
-                let chain = std::iter::once("Cannot send VM snapshot".to_owned()).chain(chain);
-                self.refuse(WHAT, chain.collect())
-            }
-        }
-    }
-
-    pub(super) fn resize(&mut self, body: &Resize) -> Outcome {
-        const WHAT: &str = "The VM could not be resized";
-        let Some(config) = &mut self.config else {
-            return self.refuse_with(WHAT, "VM is not created");
-        };
-        if self.vm.is_some() {
-            self.monitor.vm("resizing");
-            let boot = config["cpus"]["boot_vcpus"].as_u64();
-            let max = config["cpus"]["max_vcpus"].as_u64();
-            if body
-                .desired_vcpus
-                .is_some_and(|n| Some(n) != boot && Some(n) > max)
-            {
-                return self.refuse_with(WHAT, "Desired vCPUs exceed the maximum");
-            }
-            let total = self.vm.as_ref().map_or(0, |vm| vm.ram.total());
-            if body.desired_ram.is_some_and(|ram| ram != total) {
-                let reason = "The requested hotplug memory addition is not a valid size";
-                return self.refuse(
-                    WHAT,
-                    vec!["Memory manager error".to_owned(), reason.to_owned()],
-                );
-            }
-            if body.desired_balloon.is_some() && !config["balloon"].is_object() {
-                let reason = "Missing virtio-balloon, can't proceed as expected";
-                return self.refuse(
-                    WHAT,
-                    vec!["Error from device manager".to_owned(), reason.to_owned()],
-                );
-            }
-        }
-        if let (Some(size), true) = (body.desired_balloon, config["balloon"].is_object()) {
-            config["balloon"]["size"] = json!(size);
-        }
-        if self.vm.is_some() {
-            self.monitor.vm("resized");
-        }
-        Ok(None)
-    }
-
-    pub(super) fn add(
-        &mut self,
-        what: &str,
-        key: &str,
-        body: &Value,
-        fds: Vec<OwnedFd>,
-    ) -> Outcome {
-        let Some(config) = &mut self.config else {
-            return self.refuse_with(what, "VM is not created");
-        };
-        let completed = match key {
-            "disks" => config::complete_disk(body, self.tuning.release),
-            "net" => config::complete_net(body, self.tuning.release),
-            _ => Ok(body.clone()),
-        };
-        let mut device = match completed {
-            Ok(device) => device,
-            Err(reason) => {
-                let chain = vec!["Failed to deserialize JSON".to_owned(), reason];
-                return Err(Refusal { status: 400, chain });
-            }
-        };
-        let Some(vm) = &mut self.vm else {
-            append(config, key, device);
-            return Ok(None);
-        };
-        let (prefix, opened) = match key {
-            "disks" => ("_disk", vm.devices.add_disk(&device)),
-            "net" => ("_net", vm.devices.add_net(&mut device, fds)),
-            _ => {
-                let chain = ["Error from device manager", "rewake-sim has no such device"];
-                return self.refuse(what, chain.map(str::to_owned).to_vec());
-            }
-        };
-        if let Err(chain) = opened {
-            return self.refuse(what, chain);
-        }
-        if device["id"].is_null() {
-            device["id"] = json!(format!("{prefix}{}", vm.device_ids));
-            vm.device_ids += 1;
-        }
-        let id = device["id"].clone();
-        // Slot 0 is the host bridge.
-        let bdf = format!("0000:00:{:02x}.0", pci_devices(config).len() + 1);
-        append(config, key, device);
-        Ok(Some(json!({"id": id, "bdf": bdf})))
-    }
-
-    pub(super) fn remove(&mut self, id: &str) -> Outcome {
-        const WHAT: &str = "The device could not be removed from the VM";
-        let Some(config) = &mut self.config else {
-            return self.refuse_with(WHAT, "VM is not created");
-        };
-        let mut removed = false;
-        for key in ["disks", "net"] {
-            if let Some(list) = config.get_mut(key).and_then(Value::as_array_mut) {
-                let before = list.len();
-                list.retain(|device| device["id"] != id);
-                removed |= list.len() < before;
-            }
-        }
-        if removed {
-            if self.vm.is_some() {
-                self.monitor.emit(
-                    "vm",
-                    "device-removed",
-                    json!({"id": id, "bdf": Value::Null}),
-                );
-            }
-            return Ok(None);
-        }
-        if self.vm.is_some() {
-            let reason =
-                format!("Failed to find device corresponding to the given identifier: {id}");
-            return self.refuse(WHAT, vec!["Error from device manager".to_owned(), reason]);
-        }
-        self.refuse_with(WHAT, &format!("No device with id {id:?} to remove"))
     }
 
     /// Operations of a VM that runs which have nothing to do here.
@@ -788,47 +468,6 @@ impl Vmm {
     }
 }
 
-/// Body of vm.resize.
-#[derive(Debug, Default, Deserialize)]
-pub(super) struct Resize {
-    desired_vcpus: Option<u64>,
-    desired_ram: Option<u64>,
-    desired_balloon: Option<u64>,
-}
-
-impl RestoreConfig {
-    fn validate(&self, config: &Value) -> Result<(), Chain> {
-        if self.prefault && self.memory_restore_mode == RestoreMode::OnDemand {
-            return Err(vec![
-                "'prefault' cannot be combined with 'memory_restore_mode=ondemand'".to_owned(),
-            ]);
-        }
-        for net in config["net"].as_array().into_iter().flatten() {
-            let Some(fds) = net["fds"].as_array() else {
-                continue;
-            };
-            let id = net["id"].as_str().unwrap_or_default();
-            let given = self.net_fds.iter().flatten().find(|given| given.id == id);
-            match given {
-                None => {
-                    return Err(vec![format!(
-                        "Net id {id} is associated with FDs and is required"
-                    )]);
-                }
-                Some(given) if given.num_fds != fds.len() => {
-                    return Err(vec![format!(
-                        "Number of Net FDs passed for '{id}' during Restore: {}. Expected: {}",
-                        given.num_fds,
-                        fds.len()
-                    )]);
-                }
-                Some(_) => {}
-            }
-        }
-        Ok(())
-    }
-}
-
 fn invalid(checked: Result<(), Chain>) -> Result<(), Chain> {
     checked.map_err(|chain| {
         std::iter::once("Failed to validate config".to_owned())
@@ -853,52 +492,4 @@ fn driven(config: &Value) -> Vec<String> {
             .map(|d| d.id.clone())
     };
     order.into_iter().flat_map(of_kind).collect()
-}
-
-fn append(config: &mut Value, key: &str, device: Value) {
-    match &mut config[key] {
-        Value::Array(list) => list.push(device),
-        slot => *slot = json!([device]),
-    }
-}
-
-fn write_snapshot(
-    vm: &mut Vm,
-    config: &Value,
-    state: &Value,
-    url: &str,
-    release: super::release::Release,
-    midway: impl FnOnce() -> Result<(), Chain>,
-) -> Result<(), Chain> {
-    let failed = |what: &str, error: io::Error| {
-        let outer = "Failed to send migratable component snapshot".to_owned();
-        vec![outer, what.to_owned(), error.to_string()]
-    };
-    let dir = snapshot::directory(url)?;
-    let file = snapshot::create(&dir, "config.json", "config", release)?;
-    snapshot::write_json(&file, config)
-        .map_err(|error| failed("Error writing VM config snapshot", error))?;
-    midway()?;
-    let file = snapshot::create(&dir, "state.json", "state", release)?;
-    snapshot::write_json(&file, state)
-        .map_err(|error| failed("Error writing VM state snapshot", error))?;
-    let ranges = vm.ram.saved_ranges();
-    if ranges.is_empty() {
-        return Ok(());
-    }
-    let file = snapshot::create(&dir, "memory-ranges", "memory", release)?;
-    let saved = vm.ram.save(&file, &ranges);
-    saved.map_err(|error| failed("Error writing dense memory snapshot region", error))
-}
-
-fn disturb_midway(struck: &[What], log: &Log) -> Result<(), Chain> {
-    for what in struck {
-        match what {
-            What::Die => super::die(),
-            What::Exit(status) => std::process::exit(i32::from(*status)),
-            What::Flood(bytes) => log.flood(*bytes),
-            _ => return Err(vec!["rewake-sim: error as ordered".to_owned()]),
-        }
-    }
-    Ok(())
 }

@@ -4,18 +4,20 @@
 //! file; a `shared=off` zone is its file read-only with the written pages kept aside, which
 //! is what a private mapping does.
 
+mod load;
+mod save;
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 
 use rustix::fs::{MemfdFlags, SeekFrom};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::config::{Memory, Zone};
-use super::release::Release;
+use crate::sim::config::{Memory, Zone};
+use load::Lazy;
+pub(super) use save::ranges_of;
 
 /// Bytes of a page.
 pub(super) const PAGE: u64 = 4096;
@@ -56,30 +58,6 @@ struct Region {
     /// As the snapshot records it: zero for memory without a file.
     file_offset: u64,
     backing: Backing,
-}
-
-/// Pages that still lie in the snapshot (userfaultfd).
-#[derive(Debug)]
-struct Lazy {
-    file: File,
-    ranges: Vec<LazyRange>,
-    /// Where the background fill goes on: range and page.
-    cursor: (usize, u64),
-    missing: u64,
-}
-
-#[derive(Debug)]
-struct LazyRange {
-    gpa: u64,
-    pages: u64,
-    offset: u64,
-    arrived: Vec<u64>,
-}
-
-impl LazyRange {
-    fn has(&self, page: u64) -> bool {
-        self.arrived[(page / 64) as usize] & (1 << (page % 64)) != 0
-    }
 }
 
 /// All RAM of a guest.
@@ -188,135 +166,6 @@ impl Ram {
             next_slot: slot,
             hotplug_size: memory.hotplug_size,
         })
-    }
-
-    /// Fills RAM from a snapshot's memory file: `Copy`. `Ok(false)` means that the release
-    /// would read for ever.
-    pub(super) fn fill(
-        &mut self,
-        path: &Path,
-        ranges: &[(u64, u64)],
-        release: Release,
-    ) -> Result<bool, Chain> {
-        let Some(file) = open_memory(path, ranges)? else {
-            return Ok(true);
-        };
-        let length = file.metadata().map_or(0, |meta| meta.len());
-        if release.loops_on_short_memory() && length < ranges.iter().map(|(_, len)| len).sum() {
-            return Ok(false);
-        }
-        let mut offset = 0;
-        for (gpa, len) in ranges {
-            self.copy_in(&file, offset, *gpa, *len).map_err(|error| {
-                vec![
-                    "Memory manager error".to_owned(),
-                    "Cannot fill guest memory".to_owned(),
-                    error.to_string(),
-                ]
-            })?;
-            offset += len;
-        }
-        Ok(true)
-    }
-
-    fn copy_in(&mut self, file: &File, offset: u64, gpa: u64, len: u64) -> io::Result<()> {
-        let mut buffer = vec![0; 1 << 20];
-        each_extent(file, offset, len, |at, size| {
-            let mut done = 0;
-            while done < size {
-                let take = (size - done).min(buffer.len() as u64) as usize;
-                let read = read_up_to(file, &mut buffer[..take], at + done)?;
-                if read == 0 {
-                    break;
-                }
-                let zero = buffer[..read].iter().all(|b| *b == 0);
-                if !zero {
-                    self.write(gpa + (at + done - offset), &buffer[..read])?;
-                }
-                done += read as u64;
-            }
-            Ok(())
-        })
-    }
-
-    /// Leaves RAM in the snapshot's memory file until it is touched: `OnDemand`.
-    pub(super) fn serve_lazily(&mut self, path: &Path, ranges: &[(u64, u64)]) -> Result<(), Chain> {
-        let Some(file) = open_memory(path, ranges)? else {
-            return Ok(());
-        };
-        let mut offset = 0;
-        let mut lazy_ranges = Vec::new();
-        for (gpa, len) in ranges {
-            let pages = len.div_ceil(PAGE);
-            lazy_ranges.push(LazyRange {
-                gpa: *gpa,
-                pages,
-                offset,
-                arrived: vec![0; pages.div_ceil(64) as usize],
-            });
-            offset += len;
-        }
-        self.lazy = Some(Lazy {
-            file,
-            missing: lazy_ranges.iter().map(|r| r.pages).sum(),
-            ranges: lazy_ranges,
-            cursor: (0, 0),
-        });
-        Ok(())
-    }
-
-    /// Whether pages are still missing.
-    pub(super) fn is_incomplete(&self) -> bool {
-        self.lazy.is_some()
-    }
-
-    /// Fetches up to `pages` pages in the background, from the start upwards.
-    pub(super) fn fetch_some(&mut self, pages: u64) -> io::Result<()> {
-        for _ in 0..pages {
-            let Some(lazy) = &mut self.lazy else {
-                return Ok(());
-            };
-            let (range, page) = lazy.cursor;
-            let Some(current) = lazy.ranges.get(range) else {
-                self.lazy = None;
-                return Ok(());
-            };
-            if page >= current.pages {
-                lazy.cursor = (range + 1, 0);
-                continue;
-            }
-            lazy.cursor.1 += 1;
-            let gpa = current.gpa + page * PAGE;
-            self.fetch(gpa)?;
-        }
-        Ok(())
-    }
-
-    /// Makes sure that the page at `gpa` is here.
-    fn fetch(&mut self, gpa: u64) -> io::Result<()> {
-        let Some(lazy) = &mut self.lazy else {
-            return Ok(());
-        };
-        let holds = |r: &&mut LazyRange| gpa >= r.gpa && gpa - r.gpa < r.pages * PAGE;
-        let Some(range) = lazy.ranges.iter_mut().find(holds) else {
-            return Ok(());
-        };
-        let page = (gpa - range.gpa) / PAGE;
-        if range.has(page) {
-            return Ok(());
-        }
-        let mut bytes = [0; PAGE as usize];
-        read_up_to(&lazy.file, &mut bytes, range.offset + page * PAGE)?;
-        range.arrived[(page / 64) as usize] |= 1 << (page % 64);
-        lazy.missing -= 1;
-        let start = range.gpa + page * PAGE;
-        if lazy.missing == 0 {
-            self.lazy = None;
-        }
-        if bytes.iter().any(|b| *b != 0) {
-            self.write_present(start, &bytes)?;
-        }
-        Ok(())
     }
 
     /// Reads guest memory. Fetches what is still missing.
@@ -442,136 +291,6 @@ impl Ram {
         }
         Ok(())
     }
-
-    /// The ranges a snapshot has to save: all but shared mappings of files that have a name.
-    pub(super) fn saved_ranges(&self) -> Vec<(u64, u64)> {
-        let needs_saving = |region: &&Region| match &region.backing {
-            Backing::Shared { file, .. } => file.metadata().is_ok_and(|meta| meta.nlink() == 0),
-            Backing::Own { .. } | Backing::Private { .. } => true,
-        };
-        let saved = self.regions.iter().filter(needs_saving);
-        saved.map(|region| (region.gpa, region.size)).collect()
-    }
-
-    /// Writes the ranges one after the other, leaving holes for zero pages.
-    ///
-    /// v52 saves pages of shared memory that have not arrived yet as holes, and with them
-    /// loses their content. That is reproduced; private memory is fetched first.
-    pub(super) fn save(&mut self, out: &File, ranges: &[(u64, u64)]) -> io::Result<()> {
-        out.set_len(ranges.iter().map(|(_, len)| len).sum())?;
-        let mut offset = 0;
-        for (gpa, len) in ranges {
-            let shared = match &self.region_of(*gpa)?.backing {
-                Backing::Own { shared, .. } => *shared,
-                Backing::Shared { .. } => true,
-                Backing::Private { .. } => false,
-            };
-            if !shared {
-                let pages = len / PAGE;
-                for page in 0..pages {
-                    if self.lazy.is_none() {
-                        break;
-                    }
-                    self.fetch(gpa + page * PAGE)?;
-                }
-            }
-            self.save_region(out, offset, *gpa)?;
-            offset += len;
-        }
-        Ok(())
-    }
-
-    fn save_region(&mut self, out: &File, offset: u64, gpa: u64) -> io::Result<()> {
-        let region = self.region_of(gpa)?;
-        let (file, base, changed) = match &region.backing {
-            Backing::Own { file, .. } => (file, 0, None),
-            Backing::Shared { file, base } => (file, *base, None),
-            Backing::Private {
-                file,
-                base,
-                changed,
-            } => {
-                if file.metadata()?.len() < base + region.size {
-                    // What write(2) says about a mapping beyond the end of its file.
-                    return Err(rustix::io::Errno::FAULT.into());
-                }
-                (file, *base, Some(changed))
-            }
-        };
-        let mut buffer = vec![0; 64 << 10];
-        each_extent(file, base, region.size, |at, size| {
-            let mut done = 0;
-            while done < size {
-                let take = (size - done).min(buffer.len() as u64) as usize;
-                let read = read_up_to(file, &mut buffer[..take], at + done)?;
-                if read == 0 {
-                    break;
-                }
-                if buffer[..read].iter().any(|b| *b != 0) {
-                    out.write_all_at(&buffer[..read], offset + at + done - base)?;
-                }
-                done += read as u64;
-            }
-            Ok(())
-        })?;
-        for (page, bytes) in changed.into_iter().flatten() {
-            out.write_all_at(bytes, offset + page * PAGE)?;
-        }
-        Ok(())
-    }
-
-    /// The memory manager's part of `state.json`.
-    pub(super) fn state(&self, ranges: &[(u64, u64)]) -> Value {
-        let total = self.total();
-        let mappings: Vec<Value> = self
-            .regions
-            .iter()
-            .map(|r| {
-                json!({"slot": r.slot, "gpa": r.gpa, "size": r.size, "zone_id": r.zone,
-                    "virtio_mem": false, "file_offset": r.file_offset})
-            })
-            .collect();
-        let end = self
-            .regions
-            .iter()
-            .map(|r| r.gpa + r.size)
-            .max()
-            .unwrap_or(0);
-        let device_area = end.max(ABOVE_HOLE) + self.hotplug_size;
-        let no_slot =
-            json!({"base": 0, "length": 0, "active": false, "inserting": false, "removing": false});
-        json!({
-            "memory_ranges": {"data": ranges.iter().map(|(gpa, length)| json!({"gpa": gpa, "length": length})).collect::<Vec<_>>()},
-            "guest_ram_mappings": mappings,
-            "start_of_device_area": device_area,
-            "boot_ram": total,
-            "current_ram": total,
-            "arch_mem_regions": [
-                {"base": 0, "size": BELOW_HOLE, "r_type": "Ram"},
-                {"base": ABOVE_HOLE, "size": u64::MAX, "r_type": "Ram"},
-                {"base": BELOW_HOLE, "size": 671_088_640, "r_type": "SubRegion"},
-                {"base": 3_892_314_112_u64, "size": 268_435_456, "r_type": "Reserved"},
-            ],
-            "hotplug_slots": vec![no_slot; 8],
-            "next_memory_slot": self.next_slot,
-            "selected_slot": 0,
-            "next_hotplug_slot": 0,
-        })
-    }
-}
-
-/// The ranges a snapshot saved, from the memory manager's state.
-pub(super) fn ranges_of(state: &Value) -> Vec<(u64, u64)> {
-    let list = state["memory_ranges"]["data"].as_array();
-    list.into_iter()
-        .flatten()
-        .map(|r| {
-            (
-                r["gpa"].as_u64().unwrap_or(0),
-                r["length"].as_u64().unwrap_or(0),
-            )
-        })
-        .collect()
 }
 
 fn region(zone: &Zone, slot: u64, gpa: u64, size: u64, file_offset: u64) -> Result<Region, Chain> {
@@ -633,20 +352,6 @@ fn region(zone: &Zone, slot: u64, gpa: u64, size: u64, file_offset: u64) -> Resu
     })
 }
 
-/// Opens a memory file, unless there is nothing in it to read.
-fn open_memory(path: &Path, ranges: &[(u64, u64)]) -> Result<Option<File>, Chain> {
-    if ranges.is_empty() {
-        return Ok(None);
-    }
-    File::open(path).map(Some).map_err(|error| {
-        vec![
-            "Memory manager error".to_owned(),
-            "Error opening snapshot file".to_owned(),
-            error.to_string(),
-        ]
-    })
-}
-
 /// The pages that `len` bytes at `start` lie in: where each piece begins, and its length.
 fn pages_of(start: u64, len: usize) -> impl Iterator<Item = (u64, usize)> {
     let end = start + len as u64;
@@ -702,7 +407,10 @@ fn each_extent(
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::sim::release::Release;
 
     fn zone(size: u64, file: Option<&Path>, shared: bool) -> Memory {
         Memory {
