@@ -11,13 +11,13 @@ mod netlab;
 
 use std::os::fd::AsFd;
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use netlab::{Lab, UPLINK, soon};
 use rewake::fault::Faults;
 use rewake::ids::SlotIndex;
-use rewake::resource::net::HostNet;
+use rewake::resource::net::{HostNet, PoolOptions, SlotPool};
 use rewake_sys::netns;
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/conventional-slot.sh");
@@ -70,6 +70,68 @@ fn main() {
         theirs_gone.median().as_secs_f64() / ours_gone.median().as_secs_f64(),
     );
     parallel(&host, rounds);
+    let host = Arc::new(host);
+    retired(&host, rounds);
+    pooled(&host);
+    host.retire(soon()).expect("the walls come down");
+}
+
+/// Eight threads at once that leave removal to a pool's thread, as a host does.
+fn retired(host: &Arc<HostNet>, rounds: usize) {
+    let pool = SlotPool::start(Arc::clone(host), PoolOptions::default()).expect("a thread");
+    let created = Mutex::new(Samples::default());
+    let started = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                for _ in 0..rounds {
+                    let started = Instant::now();
+                    let slot = host.create("bench", soon()).expect("a slot");
+                    created.lock().expect("no panic").add(started);
+                    host.check(&slot, soon()).expect("an undamaged slot");
+                    pool.retire(slot);
+                }
+            });
+        }
+    });
+    assert!(pool.wait_settled(soon()), "removals keep up");
+    let elapsed = started.elapsed();
+    assert_eq!(pool.stats().failed_removals, 0);
+    let created = created.into_inner().expect("no panic");
+    created.print(&format!("rewake: create, {THREADS} threads, reaped"));
+    println!(
+        "{THREADS} threads, removed in batches: {:.0} slots built and removed per second",
+        (THREADS * rounds) as f64 / elapsed.as_secs_f64()
+    );
+    assert!(pool.close(soon()).is_empty());
+}
+
+/// What a caller waits for where slots stand ready.
+fn pooled(host: &Arc<HostNet>) {
+    const READY: usize = 50;
+    let options = PoolOptions {
+        target: READY,
+        refill_interval_ms: 0,
+        ..PoolOptions::default()
+    };
+    let pool = SlotPool::start(Arc::clone(host), options).expect("a thread");
+    let mut taken = Samples::default();
+    for _ in 0..4 {
+        assert!(pool.wait_settled(soon()), "the pool fills");
+        let mut slots = Vec::new();
+        for _ in 0..READY / 2 {
+            let started = Instant::now();
+            let slot = pool.take("bench").expect("a record").expect("a slot");
+            taken.add(started);
+            slots.push(slot);
+        }
+        for slot in slots {
+            host.check(&slot, soon()).expect("an undamaged slot");
+            pool.retire(slot);
+        }
+    }
+    taken.print("rewake: a slot out of the pool");
+    assert!(pool.close(soon()).is_empty());
 }
 
 /// Eight threads at once: no errors, and the tail.

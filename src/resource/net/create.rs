@@ -112,7 +112,8 @@ impl Slot {
 }
 
 impl HostNet {
-    /// Takes a free slot and builds it. `owner` goes into the slot's record.
+    /// Takes a free slot and builds it. `owner` goes into the slot's record. The host must
+    /// have been readied ([`HostNet::prepare`]): without its walls no slot is built.
     ///
     /// Blocks for about a millisecond, on the kernel's own locks; the deadline bounds waits
     /// for netlink answers. Starts one thread, which ends with the call.
