@@ -173,14 +173,14 @@ fn run(options: &Options) -> io::Result<u8> {
         guest_tokens,
         loopback,
     )?;
-    if let Some(words) = &options.restore {
-        if let Err(error) = restore_from_cli(&mut vmm, words) {
-            // As in the original, the socket stays where it is.
-            if let Some(socket) = &mut socket {
-                socket.bound = None;
-            }
-            return Err(error);
+    if let Some(words) = &options.restore
+        && let Err(error) = restore_from_cli(&mut vmm, words)
+    {
+        // As in the original, the socket stays where it is.
+        if let Some(socket) = &mut socket {
+            socket.bound = None;
         }
+        return Err(error);
     }
 
     let mut events = Events::with_capacity(128);
