@@ -126,3 +126,36 @@ fn mutations_find_the_planted_bug() {
     let found = hunt(canary, &seeds, mutations());
     assert!(found.is_some(), "{} mutations missed it", mutations());
 }
+
+/// Builds and runs libFuzzer (about a minute, a C++ compiler needed), hence not by default.
+#[test]
+#[ignore = "builds libFuzzer"]
+fn libfuzzer_finds_the_planted_bug() {
+    let has_compiler = ["c++", "clang++"].iter().any(|name| {
+        let version = std::process::Command::new(name).arg("--version").output();
+        version.is_ok_and(|output| output.status.success())
+    });
+    if !has_compiler {
+        eprintln!("SKIP libfuzzer_finds_the_planted_bug: no C++ compiler");
+        return;
+    }
+    let artifacts = fresh_dir();
+    let output = std::process::Command::new(fuzz_dir().join("run"))
+        .args(["canary", "-max_total_time=60", "-seed=1"])
+        .arg(format!("-artifact_prefix={}/", artifacts.display()))
+        .output()
+        .unwrap();
+    let log = String::from_utf8_lossy(&output.stderr).into_owned();
+    let finds: Vec<_> = std::fs::read_dir(&artifacts).unwrap().collect();
+    std::fs::remove_dir_all(&artifacts).unwrap();
+    assert!(!output.status.success(), "libFuzzer found nothing:\n{log}");
+    assert_eq!(finds.len(), 1, "no find was kept:\n{log}");
+    assert!(log.contains("index out of bounds"), "another bug:\n{log}");
+}
+
+fn fresh_dir() -> PathBuf {
+    let name = format!("rewake-fuzz-{}", std::process::id());
+    let dir = std::env::temp_dir().join(name);
+    std::fs::create_dir(&dir).unwrap();
+    dir
+}

@@ -1,6 +1,7 @@
 //! The fuzz targets: functions over bytes that panic when a property is broken.
 //!
-//! This file is compiled into the replay test, `tests/fuzz_replay.rs`.
+//! This file is compiled into the libFuzzer binary and into the replay test,
+//! `tests/fuzz_replay.rs`.
 
 /// One target.
 pub struct Target {
