@@ -6,15 +6,16 @@
 BEGIN { FS = "\t" }
 
 # What a test that ran shows by its name and place to have been used for real.
-function uses(place, suite, name) {
-    if (name ~ /(^|::)kvm_[^:]*$/) real["Cloud Hypervisor on this machine's KVM"]++
-    if (name ~ /(^|::)vm_[^:]*$/) real["Cloud Hypervisor with a Linux guest, in the test machine"]++
-    if (name ~ /(^|::)root_[^:]*$/) {
-        if ((suite " " name) ~ /net|slot|nft|tap|tun|veth|launch|vmm|restore/) real["namespaces and links, " place]++
-        if ((suite " " name) ~ /dm|disk|loop/) real["loop devices and device-mapper, " place]++
-        if ((suite " " name) !~ /net|slot|nft|tap|tun|veth|launch|vmm|restore|dm|disk|loop/) real["other tests as root, " place]++
+function uses(place, suite, name,    what) {
+    what = suite " " name
+    place = place == "machine" ? "in the test machine" : "on this machine"
+    if (name ~ /(^|::)(root_)?kvm_[^:]*$/) real["Cloud Hypervisor with a tiny guest on KVM, " place]++
+    if (name ~ /(^|::)vm_[^:]*$/) real["Cloud Hypervisor with a Linux guest on KVM, " place]++
+    if (name ~ /(^|::)(root|vm)_/) {
+        if (what ~ /net|slot|nft|nat|tap|tun|veth/) real["network namespaces, links, nf_tables, " place]++
+        if (what ~ /disk|loop|(^|[^a-z])dm([^a-z]|$)|cow/) real["loop devices and device-mapper, " place]++
     }
-    if ((suite " " name) ~ /(^|[^a-z])sim([^a-z]|$)|demo/) standin["Cloud Hypervisor and its guest (rewake-sim)"]++
+    if (what ~ /(^|[^a-z])(sim|demo|stand_in)([^a-z]|$)/) standin["Cloud Hypervisor and its guest (rewake-sim)"]++
 }
 
 {
@@ -41,9 +42,10 @@ END {
             skips[why] = skips[why] sprintf("    %s %s\n", part[1], part[2])
         }
     }
-    print "\nRan for real:"
+    print "\nRan for real:"; fflush()
     n = 0
-    for (what in real) { printf "  %s (%d tests)\n", what, real[what]; n++ }
+    for (what in real) { printf "  %s (%d tests)\n", what, real[what] | "sort"; n++ }
+    close("sort")
     if (!n) print "  nothing that needs privileges, KVM or Cloud Hypervisor"
     print "Ran on the stand-in:"
     n = 0

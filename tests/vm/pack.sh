@@ -42,13 +42,19 @@ pack_tool() {
 # pack_modules ROOT TREE VERSION NAME..: kernel modules with what they depend on.
 # A module the kernel does not have is left out: who needs it will say so.
 pack_modules() {
-    local root=$1 tree=$2 version=$3 name path
+    local root=$1 tree=$2 version=$3 name path inside
     shift 3
     for name; do
         modprobe -d "$tree" -S "$version" --show-depends "$name" 2>/dev/null
     done | sed -n 's/^insmod \([^ ]*\).*/\1/p' | sort -u |
         while read -r path; do
-            install -D -m 644 "$path" "$root/usr/lib/${path#*/lib/}"
+            inside=$root/usr/lib/modules/$version/${path#*"/lib/modules/$version/"}
+            install -D -m 644 "$path" "$inside"
+            # Newer Debian releases compress modules, which busybox cannot read.
+            case $inside in
+                *.xz) xz -d "$inside" ;;
+                *.zst) zstd -q -d --rm "$inside" ;;
+            esac
         done
     cp "$tree/lib/modules/$version/"modules.{builtin,builtin.modinfo,order} "$root/usr/lib/modules/$version/"
     depmod -b "$root" "$version"
