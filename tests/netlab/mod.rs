@@ -254,6 +254,10 @@ impl Server {
                     continue;
                 };
                 let _ = stream.set_nonblocking(false);
+                // Closing with the greeting unread would reset the connection and could
+                // take the answer with it.
+                let _ = stream.set_read_timeout(Some(Duration::from_secs(2)));
+                let _ = stream.read(&mut [0; 64]);
                 let _ = stream.write_all(client.ip().to_string().as_bytes());
             }
         });

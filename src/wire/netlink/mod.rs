@@ -10,19 +10,28 @@
 //! Facts: include/uapi/linux/netlink.h (header, `nlmsgerr_attrs`, flags),
 //! net/netfilter/nfnetlink.c (transactions).
 
-use std::borrow::Cow;
+mod batch;
+mod error;
+mod message;
+
 use std::fmt;
 use std::io;
 use std::ops::Range;
 
 use netlink_sys::SocketAddr;
-use rtnetlink::packet_core::{NetlinkHeader, NetlinkSerializable};
+use rtnetlink::packet_core::NetlinkSerializable;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
+use self::batch::{append_numbered, datagram_end};
+use self::message::messages;
 use crate::deadline::Deadline;
 use crate::fault::Faults;
+
+pub use self::batch::Batch;
+pub use self::error::{NetlinkError, Refusal};
+pub use self::message::{attributes, parse_route};
 
 /// `NLM_F_REQUEST`: set on every message by [`Batch`].
 pub const REQUEST: u16 = 0x1;
@@ -45,130 +54,13 @@ const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_MULTI: u16 = 0x2;
 const NLM_F_DUMP_INTR: u16 = 0x10;
-const NLM_F_CAPPED: u16 = 0x100;
-const NLM_F_ACK_TLVS: u16 = 0x200;
-const NLMSGERR_ATTR_MSG: u16 = 1;
-const NLMSGERR_ATTR_OFFS: u16 = 2;
-const NLA_TYPE_MASK: u16 = 0x3fff;
 const MSG_TRUNC: i32 = 0x20;
 const MSG_DONTWAIT: i32 = 0x40;
 
 /// One read takes at most this much: the kernel fills dumps up to 32 KiB a datagram.
 const RECEIVE_BYTES: usize = 32 << 10;
-/// Independent requests per datagram: their answers must fit into the receive buffer.
-const DATAGRAM_REQUESTS: usize = 128;
-/// Bytes of independent requests per datagram, well below the default send buffer.
-const DATAGRAM_BYTES: usize = 64 << 10;
 /// Room for the answers to a large transaction: a limit, not an allocation.
 const RECEIVE_QUEUE_BYTES: usize = 4 << 20;
-/// The kernel's own texts are one short line.
-const TEXT_BYTES: usize = 256;
-
-/// What a netlink exchange failed at.
-#[derive(Debug, thiserror::Error)]
-pub enum NetlinkError {
-    /// The socket could not be opened or set up.
-    #[error("Cannot open a netlink socket ({protocol:?}): {call}")]
-    Open {
-        /// The protocol asked for.
-        protocol: Protocol,
-        /// The system call that failed.
-        call: &'static str,
-        /// Why.
-        source: io::Error,
-    },
-    /// The request did not leave.
-    #[error("Cannot send: {step}")]
-    Send {
-        /// The first step of the datagram.
-        step: String,
-        /// Why. `EMSGSIZE` where a transaction is larger than the send buffer.
-        source: io::Error,
-    },
-    /// The answer could not be read. `ENOBUFS` where answers were lost.
-    #[error("Cannot read the answer: {step}")]
-    Receive {
-        /// The step whose answer was due.
-        step: String,
-        /// Why.
-        source: io::Error,
-    },
-    /// The kernel said no.
-    #[error(transparent)]
-    Refused(Refusal),
-    /// No answer before the deadline.
-    #[error("No answer in time: {step}")]
-    NoAnswer {
-        /// The first step without an answer.
-        step: String,
-    },
-    /// The answer broke the protocol.
-    #[error("Malformed answer: {step}: {what}")]
-    Malformed {
-        /// The step whose answer it was.
-        step: String,
-        /// What was wrong.
-        what: &'static str,
-    },
-    /// The kernel's objects changed while they were being listed; ask again.
-    #[error("Listing was interrupted by a change: {step}")]
-    Interrupted {
-        /// The step that listed.
-        step: String,
-    },
-}
-
-impl NetlinkError {
-    /// The error number of the kernel or system call, where there is one.
-    #[must_use]
-    pub fn errno(&self) -> Option<Errno> {
-        match self {
-            Self::Open { source, .. }
-            | Self::Send { source, .. }
-            | Self::Receive { source, .. } => Errno::from_io_error(source),
-            Self::Refused(refusal) => Some(refusal.errno),
-            _ => None,
-        }
-    }
-
-    /// Whether the object was not there.
-    #[must_use]
-    pub fn is_missing(&self) -> bool {
-        matches!(self, Self::Refused(refusal) if refusal.is_missing())
-    }
-}
-
-/// The kernel's "no" to one request, with its words.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub struct Refusal {
-    /// What the request was for.
-    pub step: String,
-    /// The error number.
-    #[source]
-    pub errno: Errno,
-    /// The extended-ack text, cut at 256 bytes, where the kernel gave one.
-    pub text: Option<String>,
-    /// Offset of the offending attribute from the start of the request.
-    pub offset: Option<u32>,
-}
-
-impl Refusal {
-    /// Whether the object was not there: `ENOENT`, `ENODEV`, `ESRCH`, `EADDRNOTAVAIL`.
-    #[must_use]
-    pub fn is_missing(&self) -> bool {
-        [Errno::NOENT, Errno::NODEV, Errno::SRCH, Errno::ADDRNOTAVAIL].contains(&self.errno)
-    }
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Kernel refused: {}", self.step)?;
-        match &self.text {
-            Some(text) => write!(f, ": {text}"),
-            None => Ok(()),
-        }
-    }
-}
 
 /// The netlink family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,123 +69,6 @@ pub enum Protocol {
     Route,
     /// `NETLINK_NETFILTER`: `nf_tables` and conntrack.
     Netfilter,
-}
-
-/// Requests that travel together.
-///
-/// An ordinary batch holds independent requests: a refused one does not stop those behind it.
-/// A [`Batch::transaction`] goes out as one datagram and the kernel does all of it or nothing.
-#[derive(Debug, Clone, Default)]
-pub struct Batch {
-    bytes: Vec<u8>,
-    requests: Vec<Request>,
-    transaction: bool,
-}
-
-#[derive(Debug, Clone)]
-struct Request {
-    step: Cow<'static, str>,
-    range: Range<usize>,
-    acked: bool,
-}
-
-impl Batch {
-    /// A batch of independent requests.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// A batch that is applied whole or not at all (`NFNL_MSG_BATCH_BEGIN` to `_END`, which
-    /// the caller pushes with [`Batch::push_silent`]).
-    #[must_use]
-    pub fn transaction() -> Self {
-        Self {
-            transaction: true,
-            ..Self::default()
-        }
-    }
-
-    /// Adds a request that must be acknowledged. `payload` appends what follows the netlink
-    /// header; the header's length is set and the end padded to four bytes afterwards.
-    pub fn push(
-        &mut self,
-        step: impl Into<Cow<'static, str>>,
-        message_type: u16,
-        flags: u16,
-        payload: impl FnOnce(&mut Vec<u8>),
-    ) {
-        self.append(step.into(), message_type, flags | ACK, true, payload);
-    }
-
-    /// Adds a request that the kernel answers only when it fails, such as the begin and end
-    /// of a transaction, which older kernels never acknowledge.
-    pub fn push_silent(
-        &mut self,
-        step: impl Into<Cow<'static, str>>,
-        message_type: u16,
-        flags: u16,
-        payload: impl FnOnce(&mut Vec<u8>),
-    ) {
-        self.append(step.into(), message_type, flags, false, payload);
-    }
-
-    /// Adds an rtnetlink request that must be acknowledged.
-    pub fn route(
-        &mut self,
-        step: impl Into<Cow<'static, str>>,
-        flags: u16,
-        message: &RouteNetlinkMessage,
-    ) {
-        self.push(step, message.message_type(), flags, |bytes| {
-            let start = bytes.len();
-            bytes.resize(start + message.buffer_len(), 0);
-            message.serialize(&mut bytes[start..]);
-        });
-    }
-
-    /// How many requests the batch holds.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.requests.len()
-    }
-
-    /// Whether the batch holds nothing.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.requests.is_empty()
-    }
-
-    /// The encoded requests, sequence numbers still zero. For golden tests.
-    #[must_use]
-    pub fn as_bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-
-    fn append(
-        &mut self,
-        step: Cow<'static, str>,
-        message_type: u16,
-        flags: u16,
-        acked: bool,
-        payload: impl FnOnce(&mut Vec<u8>),
-    ) {
-        let start = self.bytes.len();
-        self.bytes.extend_from_slice(&[0; HEADER]);
-        payload(&mut self.bytes);
-        let length = u32::try_from(self.bytes.len() - start).unwrap_or(u32::MAX);
-        let header = &mut self.bytes[start..start + HEADER];
-        header[..4].copy_from_slice(&length.to_ne_bytes());
-        header[4..6].copy_from_slice(&message_type.to_ne_bytes());
-        header[6..8].copy_from_slice(&(flags | REQUEST).to_ne_bytes());
-        let padded = self.bytes.len().next_multiple_of(4);
-        self.bytes.resize(padded, 0);
-        self.requests.push(Request {
-            step,
-            range: start..padded,
-            acked,
-        });
-    }
 }
 
 /// The outcome of each request of a batch, in order. `None` where the request was part of a
@@ -651,125 +426,6 @@ impl Socket {
     }
 }
 
-/// Parses one rtnetlink object as [`Socket::dump`] hands it out.
-///
-/// # Errors
-/// A short word where the message is not well-formed.
-pub fn parse_route(kind: u16, payload: &[u8]) -> Result<RouteNetlinkMessage, &'static str> {
-    use rtnetlink::packet_core::NetlinkDeserializable;
-    let mut header = NetlinkHeader::default();
-    header.message_type = kind;
-    RouteNetlinkMessage::deserialize(&header, payload).map_err(|_| "an unreadable rtnetlink object")
-}
-
-/// Walks netlink attributes: kind without its flag bits, and the value. Ends at the first
-/// attribute that does not fit.
-pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let (length, kind) = (read_u16(bytes, 0)?, read_u16(bytes, 2)?);
-        let value = bytes.get(4..usize::from(length))?;
-        bytes = bytes
-            .get(usize::from(length).next_multiple_of(4)..)
-            .unwrap_or(&[]);
-        Some((kind & NLA_TYPE_MASK, value))
-    })
-}
-
-struct Message<'a> {
-    kind: u16,
-    flags: u16,
-    sequence: u32,
-    payload: &'a [u8],
-}
-
-impl Message<'_> {
-    /// The error number and text of `NLMSG_ERROR` or `NLMSG_DONE`.
-    fn verdict(&self, step: &str) -> Result<Result<(), Refusal>, &'static str> {
-        let code = match read_u32(self.payload, 0) {
-            Some(code) => code.cast_signed(),
-            None if self.kind == NLMSG_DONE => 0,
-            None => return Err("an acknowledgement without a code"),
-        };
-        if code >= 0 {
-            return Ok(Ok(()));
-        }
-        let mut refusal = Refusal {
-            step: step.to_owned(),
-            errno: Errno::from_raw_os_error(code.wrapping_neg()),
-            text: None,
-            offset: None,
-        };
-        if self.flags & NLM_F_ACK_TLVS != 0 {
-            let mut skip = 4;
-            if self.kind == NLMSG_ERROR {
-                // The refused request is echoed first: its header alone, or all of it.
-                let echoed = read_u32(self.payload, 4).unwrap_or(0) as usize;
-                skip += if self.flags & NLM_F_CAPPED != 0 {
-                    HEADER
-                } else {
-                    echoed.next_multiple_of(4)
-                };
-            }
-            for (kind, value) in attributes(self.payload.get(skip..).unwrap_or(&[])) {
-                match kind {
-                    NLMSGERR_ATTR_MSG => {
-                        let end = value.iter().position(|b| *b == 0).unwrap_or(value.len());
-                        let text = &value[..end.min(TEXT_BYTES)];
-                        refusal.text = Some(text.escape_ascii().to_string());
-                    }
-                    NLMSGERR_ATTR_OFFS => refusal.offset = read_u32(value, 0),
-                    _ => {}
-                }
-            }
-        }
-        Ok(Err(refusal))
-    }
-}
-
-/// Splits a datagram into messages; an error ends it.
-fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Result<Message<'_>, &'static str>> {
-    std::iter::from_fn(move || {
-        if bytes.is_empty() {
-            return None;
-        }
-        let message = read_u32(bytes, 0)
-            .map(|length| length as usize)
-            .filter(|length| *length >= HEADER)
-            .and_then(|length| Some((length, bytes.get(..length)?)));
-        let Some((length, message)) = message else {
-            bytes = &[];
-            return Some(Err("a message that does not fit its datagram"));
-        };
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or(&[]);
-        Some(Ok(Message {
-            kind: u16::from_ne_bytes([message[4], message[5]]),
-            flags: u16::from_ne_bytes([message[6], message[7]]),
-            sequence: u32::from_ne_bytes([message[8], message[9], message[10], message[11]]),
-            payload: &message[HEADER..],
-        }))
-    })
-}
-
-fn datagram_end(batch: &Batch, first: usize) -> usize {
-    if batch.transaction {
-        return batch.requests.len();
-    }
-    let start = batch.requests[first].range.start;
-    let fits = batch.requests[first..]
-        .iter()
-        .take(DATAGRAM_REQUESTS)
-        .take_while(|request| request.range.end - start <= DATAGRAM_BYTES)
-        .count();
-    first + fits.max(1)
-}
-
-fn append_numbered(datagram: &mut Vec<u8>, request: &[u8], base: u32, index: usize) {
-    let start = datagram.len();
-    datagram.extend_from_slice(request);
-    let sequence = base.wrapping_add(u32::try_from(index).unwrap_or(u32::MAX));
-    datagram[start + 8..start + 12].copy_from_slice(&sequence.to_ne_bytes());
-}
-
 fn injected(step: &str, errno: Errno) -> Refusal {
     Refusal {
         step: step.to_owned(),
@@ -786,20 +442,15 @@ fn malformed(step: &str, what: &'static str) -> NetlinkError {
     }
 }
 
-fn read_u16(bytes: &[u8], at: usize) -> Option<u16> {
-    let bytes = bytes.get(at..at + 2)?;
-    Some(u16::from_ne_bytes([bytes[0], bytes[1]]))
-}
-
-fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
-    let bytes = bytes.get(at..at + 4)?;
-    Some(u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
-}
-
 #[cfg(test)]
 mod tests {
+    use super::message::{NLM_F_ACK_TLVS, TEXT_BYTES};
     use super::*;
     use std::sync::Arc;
+
+    const NLM_F_CAPPED: u16 = 0x100;
+    const NLMSGERR_ATTR_MSG: u16 = 1;
+    const NLMSGERR_ATTR_OFFS: u16 = 2;
 
     fn soon() -> Deadline {
         Deadline::after(std::time::Duration::from_secs(5))

@@ -9,23 +9,25 @@
 //! The lock is `flock(2)`: it belongs to the open file, so two handles of one process
 //! exclude each other as well.
 
+mod lease;
+mod record;
+
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rewake_sys::CallError;
-use rewake_sys::process::{self, Process};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
 
-use super::net::NetStep;
+use self::record::read_record;
 use crate::fault::Faults;
 use crate::ids::SlotIndex;
 
-/// A record above this size was not written by us.
-const RECORD_BYTES: u64 = 16 << 10;
+pub use self::lease::{SlotLease, StillHeld, release_by_token};
+pub use self::record::{ProcessIdentity, SlotRecord};
+
 /// Consecutive occupied indices after which the directory is listed instead.
 const PROBES: u16 = 8;
 const HINT: &str = "next";
@@ -87,63 +89,6 @@ pub enum SlotError {
         /// Where reading failed.
         source: serde_json::Error,
     },
-}
-
-/// A process: pid and start time (`/proc/PID/stat` field 22, clock ticks since boot).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProcessIdentity {
-    /// Process id.
-    pub pid: u32,
-    /// Start time; another one means another process.
-    pub start_time: u64,
-}
-
-impl ProcessIdentity {
-    /// The calling process.
-    #[must_use]
-    pub fn current() -> Self {
-        let pid = std::process::id();
-        Self {
-            pid,
-            start_time: process::start_time(pid).unwrap_or_default(),
-        }
-    }
-
-    /// Whether this very process has not ended yet. A zombie has ended, unless a thread of
-    /// it still runs: its pidfd knows.
-    ///
-    /// # Errors
-    /// What `pidfd_open` or `poll` say, other than that it is gone.
-    pub fn is_alive(self) -> Result<bool, CallError> {
-        let process = match Process::open(self.pid) {
-            Ok(process) => process,
-            Err(error) if error.is_gone() => return Ok(false),
-            Err(error) => return Err(error),
-        };
-        // Compared after the pidfd was opened: now the pid cannot change its owner any more.
-        if process::start_time(self.pid) != Some(self.start_time) {
-            return Ok(false);
-        }
-        Ok(!process.has_ended()?)
-    }
-}
-
-/// What a slot file says.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SlotRecord {
-    /// Random, new with every allocation: tells one use of the index from the next.
-    pub token: String,
-    /// Whom the slot is for: a sandbox id, or a word like `pool`.
-    pub owner: String,
-    /// The process that allocated it.
-    pub holder: ProcessIdentity,
-    /// The VMM that may run on it.
-    pub vmm: Option<ProcessIdentity>,
-    /// Whether the owner comes back to it without anybody holding the lock meanwhile.
-    pub parked: bool,
-    /// What exists in the kernel because of it, oldest first.
-    pub steps: Vec<NetStep>,
 }
 
 /// The slot files of one runtime directory.
@@ -374,206 +319,6 @@ impl Slots {
     }
 }
 
-/// A slot that this process holds. Dropping it lets go of the lock and leaves the record:
-/// the slot is then stale, and a sweep reclaims it.
-#[derive(Debug)]
-#[must_use = "a dropped lease leaves a stale slot"]
-pub struct SlotLease {
-    index: SlotIndex,
-    path: PathBuf,
-    file: File,
-    record: Option<SlotRecord>,
-    faults: Faults,
-}
-
-impl SlotLease {
-    /// The slot.
-    #[must_use]
-    pub const fn index(&self) -> SlotIndex {
-        self.index
-    }
-
-    /// The slot file.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// What the slot file says; `None` where its maker died before writing anything, so
-    /// that nothing else of it can exist.
-    #[must_use]
-    pub const fn record(&self) -> Option<&SlotRecord> {
-        self.record.as_ref()
-    }
-
-    /// Notes the VMM that is about to run on the slot. From here on the slot is freed only
-    /// when this process has ended.
-    ///
-    /// # Errors
-    /// [`SlotError::File`].
-    pub fn set_vmm(&mut self, vmm: Option<ProcessIdentity>) -> Result<(), SlotError> {
-        self.change(|record| record.vmm = vmm)
-    }
-
-    /// Gives the slot to another owner, such as from a pool to a sandbox.
-    ///
-    /// # Errors
-    /// [`SlotError::File`].
-    pub fn set_owner(&mut self, owner: &str) -> Result<(), SlotError> {
-        self.change(|record| record.owner = owner.to_owned())
-    }
-
-    /// Notes what exists in the kernel because of the slot.
-    ///
-    /// # Errors
-    /// [`SlotError::File`].
-    pub fn set_steps(&mut self, steps: Vec<NetStep>) -> Result<(), SlotError> {
-        self.change(|record| record.steps = steps)
-    }
-
-    /// Marks the slot as kept for its owner when nobody holds it, or no longer.
-    ///
-    /// # Errors
-    /// [`SlotError::File`].
-    pub fn set_parked(&mut self, parked: bool) -> Result<(), SlotError> {
-        self.change(|record| record.parked = parked)
-    }
-
-    /// Lets go of the slot but keeps it for its owner, who comes back with
-    /// [`Slots::reserve`].
-    ///
-    /// # Errors
-    /// [`SlotError::File`].
-    pub fn park(mut self) -> Result<(), SlotError> {
-        self.set_parked(true)
-    }
-
-    /// Whether the VMM noted in the record has not been proven dead.
-    ///
-    /// # Errors
-    /// [`SlotError::Process`].
-    pub fn running_vmm(&self) -> Result<Option<ProcessIdentity>, SlotError> {
-        let Some(vmm) = self.record.as_ref().and_then(|record| record.vmm) else {
-            return Ok(None);
-        };
-        let alive = vmm.is_alive().map_err(|source| SlotError::Process {
-            pid: vmm.pid,
-            source,
-        })?;
-        Ok(alive.then_some(vmm))
-    }
-
-    /// Frees the slot, once everything in the kernel is gone. The lease comes back with the
-    /// error where it could not be.
-    ///
-    /// # Errors
-    /// [`SlotError::StillRuns`], [`SlotError::File`].
-    pub fn release(self) -> Result<(), Box<StillHeld>> {
-        match self.running_vmm() {
-            Ok(None) => {}
-            Ok(Some(vmm)) => {
-                let index = self.index;
-                let error = SlotError::StillRuns {
-                    index,
-                    pid: vmm.pid,
-                };
-                return Err(Box::new(StillHeld { lease: self, error }));
-            }
-            Err(error) => return Err(Box::new(StillHeld { lease: self, error })),
-        }
-        // The lock is held until the file has lost its name, so nobody can take it between.
-        match self
-            .faults
-            .call("remove the slot file", || std::fs::remove_file(&self.path))
-        {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                let error = file_error("remove the slot file", &self.path, error);
-                Err(Box::new(StillHeld { lease: self, error }))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn change(&mut self, edit: impl FnOnce(&mut SlotRecord)) -> Result<(), SlotError> {
-        let Some(mut record) = self.record.clone() else {
-            return Err(SlotError::Stale(self.index));
-        };
-        edit(&mut record);
-        self.update(record)
-    }
-
-    fn update(&mut self, record: SlotRecord) -> Result<(), SlotError> {
-        let failed = |source| file_error("write the slot record", &self.path, source);
-        let mut bytes = serde_json::to_vec(&record).map_err(|source| SlotError::Record {
-            path: self.path.clone(),
-            source,
-        })?;
-        bytes.push(b'\n');
-        // One write covers all that was there before, so a process that is killed leaves
-        // the old record or the new one. White space behind the value does not disturb it.
-        let before = self.file.metadata().map_err(failed)?.len();
-        let before = usize::try_from(before.min(RECORD_BYTES)).unwrap_or(0);
-        if bytes.len() < before {
-            bytes.resize(before, b' ');
-        }
-        let write = || self.file.write_all_at(&bytes, 0);
-        self.faults
-            .call("write the slot record", write)
-            .map_err(failed)?;
-        self.record = Some(record);
-        Ok(())
-    }
-}
-
-/// A slot that could not be freed, with the lease on it.
-#[derive(Debug)]
-pub struct StillHeld {
-    /// The slot.
-    pub lease: SlotLease,
-    /// Why it is not free.
-    pub error: SlotError,
-}
-
-/// Frees a slot by path if it is still in the use that `token` names: the undo step of an
-/// allocation, also after a crash.
-///
-/// # Errors
-/// [`SlotError::StillRuns`], [`SlotError::Process`], and those of files.
-pub fn release_by_token(path: &Path, token: &str) -> Result<(), SlotError> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(source) => return Err(file_error("open the slot file", path, source)),
-    };
-    let Some(record) = read_record(&file, path)?.filter(|record| record.token == token) else {
-        return Ok(());
-    };
-    if let Some(vmm) = record.vmm {
-        let alive = vmm.is_alive().map_err(|source| SlotError::Process {
-            pid: vmm.pid,
-            source,
-        })?;
-        if alive {
-            let name = path.file_name().and_then(|name| name.to_str());
-            let index = name
-                .and_then(|name| name.parse().ok())
-                .and_then(|index| SlotIndex::new(index).ok());
-            if let Some(index) = index {
-                return Err(SlotError::StillRuns {
-                    index,
-                    pid: vmm.pid,
-                });
-            }
-        }
-    }
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(file_error("remove the slot file", path, error))
-        }
-        _ => Ok(()),
-    }
-}
-
 fn file_error(what: &'static str, path: &Path, source: io::Error) -> SlotError {
     SlotError::File {
         what,
@@ -602,29 +347,10 @@ fn is_at(file: &File, path: &Path) -> bool {
     }
 }
 
-fn read_record(file: &File, path: &Path) -> Result<Option<SlotRecord>, SlotError> {
-    let failed = |source| file_error("read the slot record", path, source);
-    let length = file.metadata().map_err(failed)?.len();
-    if length > RECORD_BYTES {
-        let large = io::Error::new(io::ErrorKind::FileTooLarge, "above 16 KiB");
-        return Err(failed(large));
-    }
-    let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
-    file.read_exact_at(&mut bytes, 0).map_err(failed)?;
-    if bytes.is_empty() {
-        return Ok(None);
-    }
-    serde_json::from_slice(&bytes)
-        .map(Some)
-        .map_err(|source| SlotError::Record {
-            path: path.to_owned(),
-            source,
-        })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rewake_sys::process;
     use std::collections::BTreeSet;
     use std::sync::Mutex;
 
