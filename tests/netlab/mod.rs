@@ -94,6 +94,7 @@ impl Lab {
         };
         std::fs::create_dir_all(&lab.dir).unwrap();
         lab.wire();
+        lab.settle();
         Some(lab)
     }
 
@@ -129,6 +130,17 @@ impl Lab {
             &format!("addr add {PRIVATE}/32 dev lo"),
         ] {
             ip(&self.internet, line);
+        }
+    }
+
+    /// Waits until the kernel has noticed that both ends of the uplink are up, which it does
+    /// in the background: a census taken before would differ from every later one.
+    fn settle(&self) {
+        let until = std::time::Instant::now() + Duration::from_secs(10);
+        let is_up = |netns, link| ip(netns, &format!("-o link show {link}")).contains("state UP");
+        while !(is_up(&self.host, UPLINK) && is_up(&self.internet, "wan0")) {
+            assert!(std::time::Instant::now() < until, "the uplink comes up");
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 
