@@ -6,7 +6,7 @@
 //! descriptors back. See `setns(2)`, `network_namespaces(7)`.
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -125,6 +125,37 @@ pub fn tcp_socket() -> Result<OwnedFd, CallError> {
         None,
     )
     .named("socket")
+}
+
+/// The cookie of the calling thread's namespace: unlike its inode number, no namespace ever
+/// gets the same again until the machine restarts. `None` before Linux 5.14.
+///
+/// # Errors
+/// What `socket` or `getsockopt` say.
+#[doc(alias = "SO_NETNS_COOKIE")]
+pub fn current_cookie() -> Result<Option<u64>, CallError> {
+    let socket = tcp_socket()?;
+    let mut cookie = 0_u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the socket is open for the whole call; the value and its length are live,
+    // writable and of the sizes that the arguments say.
+    let outcome = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if outcome == 0 {
+        return Ok(Some(cookie));
+    }
+    let error = CallError::from_io("getsockopt", &std::io::Error::last_os_error());
+    match error.errno() {
+        libc::ENOPROTOOPT => Ok(None),
+        _ => Err(error),
+    }
 }
 
 /// Whether two descriptors name the same namespace.

@@ -206,12 +206,14 @@ impl HostNet {
         faults.before("create a namespace").map_err(injected)?;
         let outcome = netns::run_in_new(|namespace| {
             faults.after("create a namespace").map_err(injected)?;
-            let identity = netns::identity(namespace.as_fd()).map_err(|source| NetError::Call {
-                step: "identify the namespace".to_owned(),
-                source,
+            let identity = namespace::Identity::current(namespace.as_fd()).map_err(|source| {
+                NetError::Call {
+                    step: "identify the namespace".to_owned(),
+                    source,
+                }
             })?;
             // On record before any of it has a name in the kernel.
-            steps.extend(self.planned(plan, namespace::pin_step(&path, identity)));
+            steps.extend(self.planned(plan, identity.step(&path)));
             lease.set_steps(steps.clone())?;
             namespace::pin(&path, faults)?;
             let mut inside = Sockets::open(faults)?;

@@ -60,6 +60,7 @@ impl HostNet {
                     path,
                     device,
                     inode,
+                    ..
                 } => std::fs::symlink_metadata(path)
                     .is_ok_and(|it| (it.dev(), it.ino()) == (*device, *inode)),
                 NetStep::Link { name, index, mac } => self

@@ -2,6 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -63,11 +64,7 @@ pub(super) fn pin(path: &Path, faults: &Faults) -> Result<(), NetError> {
 }
 
 /// Removes a pin if the namespace on it is the one that the step names.
-pub(super) fn unpin(
-    path: &Path,
-    (device, inode): (u64, u64),
-    faults: &Faults,
-) -> Result<(), NetError> {
+pub(super) fn unpin(path: &Path, identity: Identity, faults: &Faults) -> Result<(), NetError> {
     let failed = |step: &'static str| {
         move |source: io::Error| NetError::File {
             step,
@@ -80,7 +77,15 @@ pub(super) fn unpin(
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed("look at")(error)),
     };
-    if (found.dev(), found.ino()) == (device, inode) {
+    if (found.dev(), found.ino()) == (identity.device, identity.inode) {
+        let ours = identity.has_cookie_of(path);
+        let ours = ours.map_err(|source| NetError::Call {
+            step: format!("identify namespace {}", path.display()),
+            source,
+        })?;
+        if !ours {
+            return Ok(());
+        }
         call(
             faults,
             format!("unpin namespace {}", path.display()),
@@ -163,11 +168,43 @@ pub(super) fn write_setting(faults: &Faults, path: &str, value: &str) -> Result<
     })
 }
 
-/// The pin of a namespace as an undo step.
-pub(super) fn pin_step(path: &Path, (device, inode): (u64, u64)) -> NetStep {
-    NetStep::Netns {
-        path: path.to_owned(),
-        device,
-        inode,
+/// What identifies a namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Identity {
+    pub(super) device: u64,
+    pub(super) inode: u64,
+    pub(super) cookie: Option<u64>,
+}
+
+impl Identity {
+    /// That of the calling thread's namespace, which `namespace` is open on.
+    pub(super) fn current(namespace: BorrowedFd<'_>) -> Result<Self, CallError> {
+        let (device, inode) = netns::identity(namespace)?;
+        Ok(Self {
+            device,
+            inode,
+            cookie: netns::current_cookie()?,
+        })
+    }
+
+    /// Whether the namespace pinned at `path` is this one. The file's own numbers have been
+    /// compared already; they are used again once a namespace is gone, its cookie is not.
+    fn has_cookie_of(self, path: &Path) -> Result<bool, CallError> {
+        if self.cookie.is_none() {
+            return Ok(true);
+        }
+        let pinned = netns::open(path)?;
+        let cookie = netns::run_in(pinned.as_fd(), netns::current_cookie)??;
+        Ok(cookie == self.cookie)
+    }
+
+    /// The pin of this namespace as an undo step.
+    pub(super) fn step(self, path: &Path) -> NetStep {
+        NetStep::Netns {
+            path: path.to_owned(),
+            device: self.device,
+            inode: self.inode,
+            cookie: self.cookie,
+        }
     }
 }

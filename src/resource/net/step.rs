@@ -14,14 +14,16 @@ use super::Mac;
 #[non_exhaustive]
 pub enum NetStep {
     /// A network namespace pinned by a bind mount. It is ours if the mounted namespace has
-    /// this device and inode; these are known before it is pinned.
+    /// this device, inode and cookie; these are known before it is pinned.
     Netns {
         /// The file it is mounted on.
         path: PathBuf,
         /// Device number of the namespace file.
         device: u64,
-        /// Inode number of the namespace file.
+        /// Inode number of the namespace file. The next namespace may get it again.
         inode: u64,
+        /// Cookie of the namespace, never used again; `None` before Linux 5.14.
+        cookie: Option<u64>,
     },
     /// A link of the host's namespace with its addresses and routes. It is ours if name,
     /// index and Ethernet address all agree; all three are chosen before it is made.

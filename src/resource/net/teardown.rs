@@ -173,7 +173,15 @@ pub(super) fn undo(
             path,
             device,
             inode,
-        } => namespace::unpin(path, (*device, *inode), faults),
+            cookie,
+        } => {
+            let identity = namespace::Identity {
+                device: *device,
+                inode: *inode,
+                cookie: *cookie,
+            };
+            namespace::unpin(path, identity, faults)
+        }
         NetStep::Link { name, index, mac } => {
             let found = link::lookup(&mut sockets.route, *index, deadline)?;
             if !found.is_some_and(|it| it.name == *name && it.mac == Some(*mac)) {
