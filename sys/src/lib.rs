@@ -3,9 +3,11 @@
 //! The only crate with `unsafe` code. Each function names the kernel call it makes in its
 //! error ([`CallError`]); what object the call was about is for the layer above to say.
 
+pub mod dm;
 pub mod error;
 pub mod inherited;
 pub mod kvm;
+pub mod loopdev;
 pub mod netns;
 pub mod process;
 pub mod tun;
