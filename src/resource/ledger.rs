@@ -15,6 +15,7 @@ use rewake_sys::CallError;
 use rewake_sys::process::{self, Process};
 use serde::{Deserialize, Serialize};
 
+use super::disk::{DiskError, DiskStep};
 use super::net::{NetError, NetStep};
 use super::slot::{self, SlotError};
 use crate::deadline::Deadline;
@@ -57,6 +58,11 @@ pub enum Step {
         /// Which one.
         net: NetStep,
     },
+    /// A piece of a disk.
+    Disk {
+        /// Which one.
+        disk: DiskStep,
+    },
 }
 
 impl fmt::Display for Step {
@@ -66,6 +72,7 @@ impl fmt::Display for Step {
             Self::Process { pid, .. } => write!(f, "process {pid}"),
             Self::Slot { path, .. } => write!(f, "slot {}", path.display()),
             Self::Net { net } => fmt::Display::fmt(net, f),
+            Self::Disk { disk } => fmt::Display::fmt(disk, f),
         }
     }
 }
@@ -102,6 +109,9 @@ pub enum UndoError {
     /// An object of a network slot could not be removed.
     #[error(transparent)]
     Net(NetError),
+    /// A piece of a disk could not be removed.
+    #[error(transparent)]
+    Disk(DiskError),
 }
 
 impl Step {
@@ -117,6 +127,7 @@ impl Step {
                 slot::release_by_token(path, token).map_err(UndoError::Slot)
             }
             Self::Net { net } => net.undo(deadline).map_err(UndoError::Net),
+            Self::Disk { disk } => disk.undo(deadline).map_err(UndoError::Disk),
         }
     }
 }

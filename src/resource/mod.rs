@@ -1,5 +1,6 @@
 //! Kernel objects that a sandbox needs, and how each is undone.
 
+pub mod disk;
 pub mod ledger;
 pub mod net;
 pub mod slot;

@@ -1,0 +1,174 @@
+//! Detaching and removing disks.
+
+use std::path::Path;
+
+use rewake_sys::error::Named;
+
+use super::error::{DiskError, DiskFailure, DiskLeftover, call};
+use super::record::DiskRecord;
+use super::{Disk, DiskKind, DiskPool, DiskStep, dm_snapshot, file, is_stored};
+use crate::deadline::Deadline;
+use crate::ids::SandboxId;
+
+impl DiskPool {
+    /// Detaches a disk; with `keep_store` what the guest wrote stays for another
+    /// [`DiskPool::attach`], otherwise it is gone. Blocks while the device is busy, for
+    /// three seconds or until the deadline, then leaves it to the kernel to remove it.
+    ///
+    /// The VM must have ended: a file is removed under a VM that still runs on it.
+    ///
+    /// # Errors
+    /// [`DiskFailure`] with what is left; [`DiskPool::remove_by_id`] may be tried later.
+    pub fn remove(
+        &self,
+        disk: Disk,
+        keep_store: bool,
+        deadline: Deadline,
+    ) -> Result<(), DiskFailure> {
+        let Disk {
+            id,
+            dir,
+            record,
+            steps,
+            lock,
+            ..
+        } = disk;
+        let store = record.store(&id, &dir);
+        let outcome = self.remove_steps(&id, record.kind, steps, keep_store, &store, deadline);
+        // Held until nothing of the disk is left to be found.
+        drop(lock);
+        outcome
+    }
+
+    /// The same for a disk that this process does not hold. One of which only a part is
+    /// left, after a crash, is removed as well.
+    ///
+    /// # Errors
+    /// [`DiskError::Missing`] where there is none, [`DiskError::Held`] where another process
+    /// works with it, and those of [`DiskPool::remove`].
+    pub fn remove_by_id(
+        &self,
+        id: &SandboxId,
+        dir: &Path,
+        keep_store: bool,
+        deadline: Deadline,
+    ) -> Result<(), DiskFailure> {
+        let found = super::absolute(dir).and_then(|dir| {
+            let held = DiskRecord::read(id, &dir, &self.faults)?;
+            held.lock(id, &self.faults)?;
+            let mut steps = self.files(id, &dir, &held.record)?;
+            steps.extend(self.mapping_step(id, &dir, &held.record)?);
+            let store = held.record.store(id, &dir);
+            Ok((held, steps, store))
+        });
+        let (held, steps, store) = found.map_err(|source| DiskFailure {
+            id: id.clone(),
+            kind: None,
+            source,
+            leftovers: Vec::new(),
+        })?;
+        self.remove_steps(id, held.record.kind, steps, keep_store, &store, deadline)
+    }
+
+    fn remove_steps(
+        &self,
+        id: &SandboxId,
+        kind: DiskKind,
+        steps: Vec<DiskStep>,
+        keep_store: bool,
+        store: &Path,
+        deadline: Deadline,
+    ) -> Result<(), DiskFailure> {
+        let failure = |source, leftovers| DiskFailure {
+            id: id.clone(),
+            kind: Some(kind),
+            source,
+            leftovers,
+        };
+        let mut failed: Vec<DiskLeftover> = Vec::new();
+        for step in steps.into_iter().rev() {
+            if keep_store && is_stored(&step) {
+                continue;
+            }
+            // The files stay until all before them is gone: by them the rest is found.
+            if is_stored(&step) && !failed.is_empty() {
+                continue;
+            }
+            if let Err(error) = step.undo_with(&self.faults, deadline) {
+                failed.push(DiskLeftover { step, error });
+            }
+        }
+        if !failed.is_empty() {
+            let first = failed.remove(0);
+            return Err(failure(first.error, failed));
+        }
+        if keep_store && store.exists() {
+            self.sync_store(store)
+                .map_err(|source| failure(source, Vec::new()))?;
+        }
+        Ok(())
+    }
+
+    fn sync_store(&self, path: &Path) -> Result<(), DiskError> {
+        let store = file::open(path, false, &self.faults)?;
+        call(
+            &self.faults,
+            format!("write {} to the disk", path.display()),
+            || rustix::fs::fsync(&store).named("fsync"),
+        )
+    }
+
+    /// The files of an attached disk as steps.
+    pub(super) fn stored_steps(&self, disk: &Disk) -> Result<Vec<DiskStep>, DiskError> {
+        self.files(&disk.id, &disk.dir, &disk.record)
+    }
+
+    fn files(
+        &self,
+        id: &SandboxId,
+        dir: &Path,
+        record: &DiskRecord,
+    ) -> Result<Vec<DiskStep>, DiskError> {
+        use std::os::unix::fs::MetadataExt;
+        let mut steps = Vec::new();
+        for path in [DiskRecord::path(id, dir), record.store(id, dir)] {
+            match call(&self.faults, format!("look at {}", path.display()), || {
+                match std::fs::symlink_metadata(&path) {
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+                    other => other.map(Some).named("lstat"),
+                }
+            })? {
+                Some(found) => steps.push(DiskStep::File {
+                    path,
+                    device: found.dev(),
+                    inode: found.ino(),
+                }),
+                None => log::debug!("{} is missing", path.display()),
+            }
+        }
+        Ok(steps)
+    }
+
+    /// The mapping of a disk as a step, if there is one.
+    fn mapping_step(
+        &self,
+        id: &SandboxId,
+        dir: &Path,
+        record: &DiskRecord,
+    ) -> Result<Option<DiskStep>, DiskError> {
+        if record.kind != DiskKind::DmSnapshot {
+            return Ok(None);
+        }
+        let path = record.store(id, dir);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let store = file::open(&path, false, &self.faults)?;
+        let uuid = dm_snapshot::uuid(&store, &path)?;
+        let found = self.mapping(&uuid)?;
+        Ok(found.map(|it| DiskStep::Mapping {
+            name: it.name,
+            uuid,
+        }))
+    }
+}

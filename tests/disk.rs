@@ -1,0 +1,379 @@
+//! Disks of every kind against the kernel: the same tests wherever they are kept.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot prepare itself may panic"
+)]
+
+mod disklab;
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use disklab::faults::FailNth;
+use disklab::{BLOCK, Lab, Place, chain, pattern, read_all, soon, write_block};
+use rewake::deadline::Deadline;
+use rewake::fault::Faults;
+use rewake::resource::disk::{Disk, DiskError, DiskKind, DiskMode, DiskPool, DiskStep, Progress};
+use rewake::resource::ledger::{Ledger, Step};
+use rewake::units::Bytes;
+
+/// 512 blocks: two areas of a store's bookkeeping, to the block.
+const SIZE: u64 = 512 * BLOCK;
+
+/// Runs a body at a place, under the name of its test.
+macro_rules! at {
+    ($($name:ident: $body:ident at $place:ident;)*) => {$(
+        #[test]
+        fn $name() {
+            let vm = stringify!($name).starts_with("vm_");
+            if vm && !disklab::in_test_machine(stringify!($name)) {
+                return;
+            }
+            if let Some(lab) = Lab::new(stringify!($name), Place::$place) {
+                $body(&lab);
+                lab.assert_clean("at the end");
+            }
+        }
+    )*};
+}
+
+at! {
+    a_copy_lives_and_leaves_nothing: lives at Plain;
+    root_a_clone_on_xfs_lives_and_leaves_nothing: lives at Xfs;
+    root_a_clone_on_btrfs_lives_and_leaves_nothing: lives at Btrfs;
+    vm_a_snapshot_lives_and_leaves_nothing: lives at DeviceMapper;
+
+    a_copy_flattens_to_the_same_bytes: flattens at Plain;
+    root_a_clone_on_xfs_flattens_to_the_same_bytes: flattens at Xfs;
+    root_a_clone_on_btrfs_flattens_to_the_same_bytes: flattens at Btrfs;
+    vm_a_snapshot_flattens_to_the_same_bytes: flattens at DeviceMapper;
+
+    every_fault_of_a_copy_leaves_nothing: survives_every_fault at Plain;
+    root_every_fault_of_a_clone_on_xfs_leaves_nothing: survives_every_fault at Xfs;
+    root_every_fault_of_a_clone_on_btrfs_leaves_nothing: survives_every_fault at Btrfs;
+    vm_every_fault_of_a_snapshot_leaves_nothing: survives_every_fault at DeviceMapper;
+
+    a_copy_refuses_what_does_not_fit: refuses at Plain;
+    root_a_clone_on_xfs_refuses_what_does_not_fit: refuses at Xfs;
+    vm_a_snapshot_refuses_what_does_not_fit: refuses at DeviceMapper;
+}
+
+fn create(lab: &Lab, pool: &DiskPool, name: &str, base: &Path) -> Disk {
+    let mode = DiskMode::Only(lab.place.kind());
+    pool.create(&lab.id(name), base, &lab.disks(), mode, soon())
+        .unwrap_or_else(|error| panic!("{}", chain(&error)))
+}
+
+/// Expects bytes without printing megabytes when they differ.
+fn assert_same(found: &[u8], expected: &[u8], what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}: size");
+    let differs = found.iter().zip(expected).position(|(a, b)| a != b);
+    assert_eq!(differs, None, "{what}: first difference");
+}
+
+fn lives(lab: &Lab) {
+    let base = lab.base("base.raw", SIZE);
+    let image = read_all(&base);
+    let pool = lab.open(Faults::NONE);
+    let auto = pool.create(&lab.id("a"), &base, &lab.disks(), DiskMode::Auto, soon());
+    let disk = auto.unwrap();
+    if lab.place == Place::Plain {
+        // What the file system under the temporary files can do is not ours to say.
+        assert_ne!(disk.kind(), DiskKind::DmSnapshot);
+    } else {
+        assert_eq!(disk.kind(), lab.place.kind(), "chosen automatically");
+    }
+    pool.remove(disk, false, soon()).unwrap();
+    lab.assert_clean("after removal of the automatic one");
+
+    let first = create(lab, &pool, "a", &base);
+    let second = create(lab, &pool, "b", &base);
+    assert_eq!(first.size(), Bytes(SIZE));
+    assert_same(&read_all(first.path()), &image, "fresh");
+    write_block(first.path(), 3, &pattern("first", 3)).unwrap();
+    write_block(first.path(), 511, &pattern("first", 511)).unwrap();
+    write_block(second.path(), 3, &pattern("second", 3)).unwrap();
+    let mut expected = image.clone();
+    for block in [3, 511] {
+        let at = usize::try_from(block * BLOCK).unwrap();
+        expected[at..at + 4096].copy_from_slice(&pattern("first", block));
+    }
+    assert_same(&read_all(first.path()), &expected, "after writing");
+    assert_same(&read_all(&base), &image, "the base image");
+    let status = pool.check(&first).unwrap();
+    assert!(
+        status.used.0 > 0 && status.used <= status.total,
+        "{status:?}"
+    );
+    let info = pool.inspect(first.id(), &lab.disks()).unwrap();
+    assert_eq!(info.path.as_deref(), Some(first.path()));
+    assert_eq!(info.record, *first.record());
+    assert_eq!(pool.list(&lab.disks()).unwrap().len(), 2);
+
+    // The process is gone, the machine goes on.
+    let id = first.id().clone();
+    drop(first);
+    let first = pool.attach(&id, &lab.disks(), soon()).unwrap();
+    assert_same(&read_all(first.path()), &expected, "after a crash");
+    // The VM is stopped and resumed.
+    pool.remove(first, true, soon()).unwrap();
+    let first = pool.attach(&id, &lab.disks(), soon()).unwrap();
+    assert_same(&read_all(first.path()), &expected, "after detaching");
+
+    // By the ledger, as a sandbox is destroyed.
+    let mut ledger = Ledger::from(first.ledger_steps());
+    assert!(ledger.steps().len() >= 2);
+    drop(first);
+    let text = serde_json::to_string(ledger.steps()).unwrap();
+    assert_eq!(
+        serde_json::from_str::<Vec<Step>>(&text).unwrap(),
+        ledger.steps()
+    );
+    let leftovers = ledger.unwind(soon());
+    assert!(leftovers.is_empty(), "{leftovers:?}");
+    // From another process, which knows the name only.
+    let id = second.id().clone();
+    drop(second);
+    pool.remove_by_id(&id, &lab.disks(), false, soon()).unwrap();
+    assert_same(&read_all(&base), &image, "the base image at the end");
+}
+
+fn flattens(lab: &Lab) {
+    let base = lab.base("base.raw", SIZE);
+    let pool = lab.open(Faults::NONE);
+    let disk = create(lab, &pool, "a", &base);
+    // New data in a hole, data over data, zeros over data.
+    write_block(disk.path(), 5, &pattern("new", 5)).unwrap();
+    write_block(disk.path(), 8, &pattern("new", 8)).unwrap();
+    write_block(disk.path(), 9, &[0; 4096]).unwrap();
+    let expected = read_all(disk.path());
+    let to = lab.dir.join("flat.raw");
+    let mut last = 0;
+    let mut progress = |it: Progress| {
+        assert!(it.done.0 > last && it.total.0 == SIZE);
+        last = it.done.0;
+    };
+    pool.flatten(&disk, &to, &mut progress, soon()).unwrap();
+    assert_eq!(last, SIZE, "all of it was reported");
+    assert_same(&read_all(&to), &expected, "flattened");
+    let flat = fs::metadata(&to).unwrap();
+    assert!(
+        flat.blocks() * 512 < SIZE / 2,
+        "holes are kept: {} of {SIZE}",
+        flat.blocks() * 512
+    );
+    let again = pool.flatten(&disk, &to, &mut |_| {}, soon());
+    assert!(
+        matches!(again, Err(DiskError::Occupied { .. })),
+        "{again:?}"
+    );
+    let late = Deadline::after(Duration::ZERO);
+    let other = lab.dir.join("late.raw");
+    // A clone is made at once, which is in time.
+    if let Err(error) = pool.flatten(&disk, &other, &mut |_| {}, late) {
+        assert!(error.is_timeout(), "{}", chain(&error));
+        assert!(!other.exists());
+    } else {
+        assert_eq!(lab.place.kind(), DiskKind::Reflink);
+    }
+    pool.remove(disk, false, soon()).unwrap();
+    // It stands alone: a disk of its own can be made of it.
+    fs::remove_file(&base).unwrap();
+    let disk = create(lab, &pool, "b", &to);
+    assert_same(&read_all(disk.path()), &expected, "of the flattened image");
+    pool.remove(disk, false, soon()).unwrap();
+}
+
+fn survives_every_fault(lab: &Lab) {
+    let base = lab.base("base.raw", SIZE);
+    let image = read_all(&base);
+    let injector = Arc::new(FailNth::default());
+    let pool = lab.open(Faults::inject(injector.clone()));
+    let id = lab.id("a");
+    let mode = DiskMode::Only(lab.place.kind());
+    // Shares the base image all the time, and must never notice.
+    let witness = create(lab, &pool, "witness", &base);
+    write_block(witness.path(), 1, &pattern("witness", 1)).unwrap();
+    let expected = read_all(witness.path());
+    let alone = lab.census();
+    let assert_alone = |case: &str| {
+        let until = std::time::Instant::now() + Duration::from_secs(10);
+        while lab.census() != alone {
+            let left: Vec<_> = lab.census().symmetric_difference(&alone).cloned().collect();
+            assert!(std::time::Instant::now() < until, "{case}: {left:#?}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        pool.check(&witness).unwrap();
+    };
+    let to = lab.dir.join("flat.raw");
+    for late in [false, true] {
+        for target in 0.. {
+            injector.arm(target, late);
+            let outcome = pool.create(&id, &base, &lab.disks(), mode, soon());
+            let Some(step) = injector.disarm() else {
+                assert!(target > 8, "the shim sees every step");
+                pool.remove(outcome.unwrap(), false, soon()).unwrap();
+                break;
+            };
+            let case = format!("create, late: {late}, {target}: {step}");
+            let failure = outcome.expect_err(&case);
+            assert!(
+                chain(&failure).contains(&step),
+                "{case}: {}",
+                chain(&failure)
+            );
+            assert!(failure.leftovers.is_empty(), "{case}: {failure}");
+            assert_alone(&case);
+        }
+        for target in 0.. {
+            let disk = pool.create(&id, &base, &lab.disks(), mode, soon()).unwrap();
+            write_block(disk.path(), 5, &pattern("kept", 5)).unwrap();
+            let written = read_all(disk.path());
+            pool.remove(disk, true, soon()).unwrap();
+            injector.arm(target, late);
+            let outcome = pool.attach(&id, &lab.disks(), soon());
+            let failed = injector.disarm();
+            let case = format!("attach, late: {late}, {target}: {failed:?}");
+            let disk = if failed.is_some() {
+                let failure = outcome.expect_err(&case);
+                assert!(failure.leftovers.is_empty(), "{case}: {failure}");
+                pool.attach(&id, &lab.disks(), soon()).unwrap()
+            } else {
+                outcome.unwrap()
+            };
+            assert_same(&read_all(disk.path()), &written, &case);
+            pool.remove(disk, false, soon()).unwrap();
+            assert_alone(&case);
+            if failed.is_none() {
+                assert!(target > 4, "the shim sees every step");
+                break;
+            }
+        }
+        let disk = pool.create(&id, &base, &lab.disks(), mode, soon()).unwrap();
+        for target in 0.. {
+            injector.arm(target, late);
+            let outcome = pool.flatten(&disk, &to, &mut |_| {}, soon());
+            let Some(step) = injector.disarm() else {
+                assert!(target > 4, "the shim sees every step");
+                outcome.unwrap();
+                fs::remove_file(&to).unwrap();
+                break;
+            };
+            let case = format!("flatten, late: {late}, {target}: {step}");
+            outcome.expect_err(&case);
+            assert!(
+                !to.exists(),
+                "{case}: an image that is not known to be whole"
+            );
+        }
+        pool.remove(disk, false, soon()).unwrap();
+        for target in 0.. {
+            let disk = pool.create(&id, &base, &lab.disks(), mode, soon()).unwrap();
+            injector.arm(target, late);
+            let outcome = pool.remove(disk, false, soon());
+            let Some(step) = injector.disarm() else {
+                assert!(target > 1, "the shim sees every step");
+                outcome.unwrap();
+                break;
+            };
+            let case = format!("remove, late: {late}, {target}: {step}");
+            let failure = outcome.expect_err(&case);
+            assert!(
+                chain(&failure).contains(&step),
+                "{case}: {}",
+                chain(&failure)
+            );
+            match pool.remove_by_id(&id, &lab.disks(), false, soon()) {
+                Ok(()) => {}
+                Err(failure) if matches!(failure.source, DiskError::Missing { .. }) => {}
+                Err(failure) => panic!("{case}: {}", chain(&failure)),
+            }
+            assert_alone(&case);
+        }
+    }
+    assert_same(&read_all(witness.path()), &expected, "the other disk");
+    pool.remove(witness, false, soon()).unwrap();
+    assert_same(&read_all(&base), &image, "the base image");
+}
+
+fn refuses(lab: &Lab) {
+    let base = lab.base("base.raw", SIZE);
+    let pool = lab.open(Faults::NONE);
+    let mode = DiskMode::Only(lab.place.kind());
+    let make = |name: &str, base: &Path| {
+        let made = pool.create(&lab.id(name), base, &lab.disks(), mode, soon());
+        made.map_err(|failure| failure.source)
+    };
+    let odd = lab.dir.join("odd.raw");
+    fs::write(&odd, [1; 700]).unwrap();
+    let empty = lab.dir.join("empty.raw");
+    fs::write(&empty, []).unwrap();
+    for bad in [&odd, &empty, &lab.dir] {
+        let refused = make("bad", bad).map(drop).unwrap_err();
+        assert!(matches!(refused, DiskError::Unusable { .. }), "{bad:?}");
+    }
+    assert!(make("bad", &lab.dir.join("missing")).is_err());
+    lab.assert_clean("after refusals");
+
+    let disk = make("a", &base).unwrap();
+    let id = disk.id().clone();
+    let twice = make("a", &base).map(drop).unwrap_err();
+    assert!(matches!(twice, DiskError::Occupied { .. }), "{twice:?}");
+    let attach = |id: &rewake::ids::SandboxId| {
+        let attached = lab.open(Faults::NONE).attach(id, &lab.disks(), soon());
+        attached.map(drop).map_err(|failure| failure.source)
+    };
+    let held = attach(&id).unwrap_err();
+    assert!(matches!(held, DiskError::Held { .. }), "{held:?}");
+    let held = pool.remove_by_id(&id, &lab.disks(), false, soon());
+    assert!(matches!(held.unwrap_err().source, DiskError::Held { .. }));
+    let missing = attach(&lab.id("missing")).unwrap_err();
+    assert!(matches!(missing, DiskError::Missing { .. }), "{missing:?}");
+    assert!(!read_all(disk.path()).is_empty(), "it survived all of that");
+    let store = disk
+        .steps()
+        .iter()
+        .find_map(|step| match step {
+            DiskStep::File { path, .. } if path.extension()? != "json" => Some(path.clone()),
+            _ => None,
+        })
+        .unwrap();
+    pool.remove(disk, true, soon()).unwrap();
+
+    write_block(&base, 0, &pattern("changed", 0)).unwrap();
+    let changed = attach(&id).unwrap_err();
+    assert!(
+        matches!(changed, DiskError::BaseChanged { .. }),
+        "{changed:?}"
+    );
+    pool.remove_by_id(&id, &lab.disks(), false, soon()).unwrap();
+
+    let disk = make("c", &base).unwrap();
+    let id = disk.id().clone();
+    pool.remove(disk, true, soon()).unwrap();
+    let store = store.with_file_name(format!("{id}.{}", store.extension().unwrap().display()));
+    let record = lab.disks().join(format!("{id}.json"));
+    let text = fs::read(&record).unwrap();
+    for garbage in [&b"{}"[..], b"", b"\xff", &[b'['; 100_000]] {
+        fs::write(&record, garbage).unwrap();
+        assert!(attach(&id).is_err());
+    }
+    fs::write(&record, text).unwrap();
+    if lab.place.kind() == DiskKind::DmSnapshot {
+        File::options()
+            .write(true)
+            .open(&store)
+            .unwrap()
+            .set_len(BLOCK)
+            .unwrap();
+        let cut = attach(&id).unwrap_err();
+        assert!(matches!(cut, DiskError::Unusable { .. }), "{cut:?}");
+    }
+    fs::remove_file(&store).unwrap();
+    assert!(attach(&id).is_err(), "no store");
+    pool.remove_by_id(&id, &lab.disks(), false, soon()).unwrap();
+    assert_eq!(pool.list(&lab.disks()).unwrap(), []);
+}
