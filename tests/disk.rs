@@ -4,7 +4,11 @@
     reason = "a test that cannot prepare itself may panic"
 )]
 
+#[path = "disk/crash.rs"]
+mod crash;
 mod disklab;
+#[path = "disk/snapshot.rs"]
+mod snapshot;
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
