@@ -4,6 +4,9 @@
     reason = "a test that cannot prepare itself may panic"
 )]
 
+#[cfg(feature = "cli")]
+#[path = "disk/command.rs"]
+mod command;
 #[path = "disk/crash.rs"]
 mod crash;
 mod disklab;

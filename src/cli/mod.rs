@@ -4,6 +4,7 @@
 //! found something missing; 4 a time limit passed.
 
 mod demo;
+mod disk;
 mod doctor;
 mod net;
 mod report;
@@ -43,6 +44,8 @@ struct Global {
 enum Command {
     /// Say what this machine lacks for restoring sandboxes, and how to mend it
     Doctor(doctor::DoctorArgs),
+    /// Make, attach, show, flatten and remove copy-on-write disks by hand
+    Disk(disk::DiskArgs),
     /// Show the whole story: boot, freeze, destroy, restore, remember
     Demo(demo::DemoArgs),
     /// Build, show, check and remove network slots by hand
@@ -74,6 +77,7 @@ pub(crate) fn main() -> ExitCode {
     start_log(cli.global.verbose);
     let outcome = match &cli.command {
         Command::Doctor(args) => doctor::run(args, cli.global),
+        Command::Disk(args) => disk::run(args, cli.global),
         Command::Demo(args) => demo::run(args, cli.global),
         Command::Net(args) => net::run(args, cli.global),
         Command::Restore(args) => restore::run(args, cli.global),
@@ -85,7 +89,8 @@ pub(crate) fn main() -> ExitCode {
             report::error(error.as_ref(), cli.global);
             let timeout = error
                 .downcast_ref::<RestoreError>()
-                .is_some_and(RestoreError::is_timeout);
+                .is_some_and(RestoreError::is_timeout)
+                || disk::is_timeout(error.as_ref());
             ExitCode::from(if timeout { 4 } else { 1 })
         }
     }

@@ -246,7 +246,7 @@ fn vm_a_device_in_use_is_neither_attached_nor_removed() {
     let expected = matches!(failure.source, DiskError::InUse { deferred: true, .. });
     assert!(expected, "{failure:?}");
     assert_eq!(judged(&lab).1.len(), 1, "it is still there");
-    assert_eq!(pool.list(&lab.disks()).unwrap(), [id.clone()]);
+    assert_eq!(pool.list(&lab.disks()).unwrap(), std::slice::from_ref(&id));
     drop(vm);
     // The kernel has removed it by itself; the files are found by the record.
     let until = std::time::Instant::now() + std::time::Duration::from_secs(10);

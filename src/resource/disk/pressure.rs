@@ -1,5 +1,7 @@
 //! How full a store is, and when to say so.
 
+use std::fmt;
+
 use rewake_sys::dm::Target;
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +19,17 @@ pub enum StoreState {
     Overflowed,
     /// The kernel has given the disk up; reads and writes fail.
     Invalid,
+}
+
+impl fmt::Display for StoreState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Healthy => "healthy",
+            Self::Pressure => "pressure",
+            Self::Overflowed => "overflowed",
+            Self::Invalid => "invalid",
+        })
+    }
 }
 
 /// How full a store is.
