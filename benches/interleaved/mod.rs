@@ -5,25 +5,25 @@ use std::time::Duration;
 
 /// The times that one variant took.
 #[derive(Default)]
-pub struct Samples(Vec<Duration>);
+pub(crate) struct Samples(Vec<Duration>);
 
 impl Samples {
-    pub fn push(&mut self, sample: Duration) {
+    pub(crate) fn push(&mut self, sample: Duration) {
         self.0.push(sample);
     }
 
     /// The sample below which this fraction of all lies.
-    pub fn at(&self, fraction: f64) -> Duration {
+    pub(crate) fn at(&self, fraction: f64) -> Duration {
         let mut sorted = self.0.clone();
         sorted.sort();
         sorted[((sorted.len() - 1) as f64 * fraction).round() as usize]
     }
 
-    pub fn median(&self) -> Duration {
+    pub(crate) fn median(&self) -> Duration {
         self.at(0.5)
     }
 
-    pub fn print(&self, what: &str) {
+    pub(crate) fn print(&self, what: &str) {
         println!(
             "{what:38} median {:9.3?}  p99 {:9.3?}  min {:9.3?}  n {}",
             self.median(),
@@ -35,13 +35,13 @@ impl Samples {
 }
 
 /// The numbers on the command line, in order, in place of the defaults.
-pub fn numbers<const N: usize>(defaults: [usize; N]) -> [usize; N] {
+pub(crate) fn numbers<const N: usize>(defaults: [usize; N]) -> [usize; N] {
     let mut given = std::env::args().filter_map(|argument| argument.parse().ok());
     defaults.map(|default| given.next().unwrap_or(default))
 }
 
 /// Commit, kernel, processor, build.
-pub fn print_machine() {
+pub(crate) fn print_machine() {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let cpu = read("/proc/cpuinfo");
     let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name"));

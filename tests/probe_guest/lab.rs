@@ -154,6 +154,7 @@ impl Lab {
     }
 
     /// The `cloud-hypervisor` in use.
+    #[allow(dead_code, reason = "the benches start it by hand")]
     pub(crate) fn program(&self) -> &Path {
         &self.program
     }
