@@ -36,7 +36,7 @@ use rustix::io::{FdFlags, fcntl_setfd};
 
 fn main() {
     let [rounds] = numbers([50]);
-    let Some(mut lab) = Lab::new("bench restore") else {
+    let Some(mut lab) = Lab::new("bench-restore") else {
         return;
     };
     print_machine();
