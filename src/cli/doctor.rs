@@ -1,9 +1,14 @@
 //! `rewake doctor`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
-use rewake::doctor::{self, Status};
+use rewake::deadline::Deadline;
+use rewake::doctor::{self, Finding, Status};
+use rewake::fault::Faults;
+use rewake::ids::SandboxId;
+use rewake::resource::net::{HostNet, NetConfig};
 
 use super::{Failure, Global, report};
 
@@ -15,11 +20,13 @@ pub(super) struct DoctorArgs {
 }
 
 pub(super) fn run(args: &DoctorArgs, global: Global) -> Result<(), Failure> {
-    print(&doctor::examine(args.vmm.as_deref()), global)
+    let mut findings = doctor::examine(args.vmm.as_deref());
+    findings.extend(network());
+    print(&findings, global)
 }
 
 /// Prints findings; one that is missing is a failure.
-pub(super) fn print(findings: &[doctor::Finding], global: Global) -> Result<(), Failure> {
+pub(super) fn print(findings: &[Finding], global: Global) -> Result<(), Failure> {
     if global.json {
         report::json(&serde_json::json!({ "findings": findings }))?;
     } else {
@@ -43,4 +50,32 @@ pub(super) fn print(findings: &[doctor::Finding], global: Global) -> Result<(), 
         return Err(Failure::Missing);
     }
     Ok(())
+}
+
+/// What stands in the way of network slots. Looking needs the privileges that making them
+/// does; without them that is the finding.
+fn network() -> Vec<Finding> {
+    let mut config = NetConfig::default();
+    // Where nothing has run yet, looking must not leave a directory behind.
+    let scratch = (!config.runtime_dir.exists()).then(|| {
+        let name = format!("rewake-doctor-{}", SandboxId::random());
+        std::env::temp_dir().join(name)
+    });
+    if let Some(scratch) = &scratch {
+        config.runtime_dir.clone_from(scratch);
+    }
+    let findings = match HostNet::open(config, Faults::default()) {
+        Ok(net) => net.examine(Deadline::after(Duration::from_secs(5))),
+        Err(error) => vec![Finding::bad(
+            "network slots",
+            Status::Degraded,
+            error.to_string(),
+            "run as root",
+        )],
+    };
+    if let Some(scratch) = scratch {
+        // It may not have been made.
+        let _ = std::fs::remove_dir_all(scratch);
+    }
+    findings
 }
