@@ -43,3 +43,8 @@ pub mod timeline;
 // A stand-in for the `cloud-hypervisor` binary, for machines without KVM and for tests.
 #[cfg(feature = "sim")]
 pub mod sim;
+
+/// The example of the README, so that it keeps compiling.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;
