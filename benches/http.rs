@@ -4,9 +4,10 @@
 //! and 99th percentiles of the rounds, and a ratio. The criterion runs below it are for
 //! comparing commits.
 //!
-//! The rival is the least a client can do with httparse: parse the head in place, find the
-//! framing, copy the body. Our side does more: it takes the bytes as a stream, keeps the
-//! headers for the caller, and checks every bound of `Limits`.
+//! The rival comes in two forms. "borrowed" is the least a client can do with httparse: parse
+//! the head in place, find the framing, copy the body; its headers die with the input. "owned"
+//! keeps a copy of the head for the caller, as ours does. Our side does more than either: it
+//! takes the bytes as a stream, and checks every bound of `Limits`.
 
 #![allow(missing_docs, reason = "criterion's macros")]
 #![allow(clippy::unwrap_used, reason = "a benchmark may panic")]
@@ -53,7 +54,8 @@ fn with_rewake(bytes: &[u8]) -> (u16, Vec<u8>) {
     (response.status, response.body)
 }
 
-fn with_httparse(bytes: &[u8]) -> (u16, Vec<u8>) {
+/// Status, length of the head, body.
+fn with_httparse(bytes: &[u8]) -> (u16, usize, Vec<u8>) {
     let mut headers = [httparse::EMPTY_HEADER; 16];
     let mut response = httparse::Response::new(&mut headers);
     let httparse::Status::Complete(head) = response.parse(bytes).unwrap() else {
@@ -69,36 +71,48 @@ fn with_httparse(bytes: &[u8]) -> (u16, Vec<u8>) {
     }
     let body = &bytes[head..];
     assert_eq!(body.len(), length);
-    (response.code.unwrap(), body.to_vec())
+    (response.code.unwrap(), head, body.to_vec())
 }
 
-/// Nanoseconds per call, for each of `rounds` rounds of both sides, which take turns.
-fn take_turns(
-    rounds: usize,
-    calls: u32,
-    mut a: impl FnMut(),
-    mut b: impl FnMut(),
-) -> (Vec<f64>, Vec<f64>) {
-    let mut times = (Vec::new(), Vec::new());
-    let time = |side: &mut dyn FnMut()| {
-        let start = Instant::now();
-        for _ in 0..calls {
-            side();
-        }
-        start.elapsed().as_secs_f64() * 1e9 / f64::from(calls)
-    };
+fn borrowed(bytes: &[u8]) -> (u16, Vec<u8>) {
+    let (status, _, body) = with_httparse(bytes);
+    (status, body)
+}
+
+fn owned(bytes: &[u8]) -> (u16, Vec<u8>) {
+    let (status, head, body) = with_httparse(bytes);
+    black_box(bytes[..head].to_vec());
+    (status, body)
+}
+
+/// Who parses, and how.
+type Side = (&'static str, fn(&[u8]) -> (u16, Vec<u8>));
+
+const SIDES: [Side; 3] = [
+    ("rewake", with_rewake),
+    ("httparse, borrowed", borrowed),
+    ("httparse, owned", owned),
+];
+
+/// Nanoseconds per call, sorted, for each of `rounds` rounds of all sides, which take turns.
+fn take_turns(rounds: usize, calls: u32, case: Case) -> [Vec<f64>; SIDES.len()] {
+    let (_, bytes, status, length) = case;
+    let mut times = SIDES.map(|_| Vec::with_capacity(rounds));
     for round in 0..rounds {
-        // Who begins changes every round.
-        if round % 2 == 0 {
-            times.0.push(time(&mut a));
-            times.1.push(time(&mut b));
-        } else {
-            times.1.push(time(&mut b));
-            times.0.push(time(&mut a));
+        for turn in 0..SIDES.len() {
+            // Who begins changes every round.
+            let side = (round + turn) % SIDES.len();
+            let start = Instant::now();
+            for _ in 0..calls {
+                let (got, body) = black_box(SIDES[side].1(black_box(bytes)));
+                assert_eq!((got, body.len()), (status, length));
+            }
+            times[side].push(start.elapsed().as_secs_f64() * 1e9 / f64::from(calls));
         }
     }
-    times.0.sort_by(f64::total_cmp);
-    times.1.sort_by(f64::total_cmp);
+    for times in &mut times {
+        times.sort_by(f64::total_cmp);
+    }
     times
 }
 
@@ -110,28 +124,21 @@ fn claim() {
     const ROUNDS: usize = 301;
     const CALLS: u32 = 2000;
     println!("{ROUNDS} rounds of {CALLS} calls, ns per response: median (p99)");
-    println!(
-        "{:<14}{:>18}{:>18}{:>8}",
-        "response", "rewake", "httparse", "ratio"
-    );
-    for (name, bytes, status, length) in CASES {
-        let check = |(s, body): (u16, Vec<u8>)| assert_eq!((s, body.len()), (status, length));
-        let (ours, theirs) = take_turns(
-            ROUNDS,
-            CALLS,
-            || check(black_box(with_rewake(black_box(bytes)))),
-            || check(black_box(with_httparse(black_box(bytes)))),
-        );
-        let cell = |times: &[f64]| {
+    print!("{:<14}", "response");
+    for (side, _) in SIDES {
+        print!("{side:>20}");
+    }
+    println!("{:>22}", "rewake / each rival");
+    for case in CASES {
+        print!("{:<14}", case.0);
+        let times = take_turns(ROUNDS, CALLS, case);
+        for times in &times {
             let (median, tail) = (percentile(times, 50), percentile(times, 99));
-            format!("{median:.0} ({tail:.0})")
-        };
-        let ratio = percentile(&ours, 50) / percentile(&theirs, 50);
-        println!(
-            "{name:<14}{:>18}{:>18}{ratio:>8.2}",
-            cell(&ours),
-            cell(&theirs)
-        );
+            print!("{:>20}", format!("{median:.0} ({tail:.0})"));
+        }
+        let [ours, theirs @ ..] = times.map(|times| percentile(&times, 50));
+        let ratios = theirs.map(|theirs| format!("{:.2}", ours / theirs));
+        println!("{:>22}", ratios.join("  "));
     }
 }
 
@@ -141,12 +148,11 @@ fn parse(c: &mut Criterion) {
     group.warm_up_time(Duration::from_millis(500));
     for (name, bytes, _, _) in CASES {
         group.throughput(Throughput::Bytes(bytes.len() as u64));
-        group.bench_function(format!("{name}/rewake"), |b| {
-            b.iter(|| with_rewake(black_box(bytes)));
-        });
-        group.bench_function(format!("{name}/httparse"), |b| {
-            b.iter(|| with_httparse(black_box(bytes)));
-        });
+        for (side, parse) in SIDES {
+            group.bench_function(format!("{name}/{side}"), |b| {
+                b.iter(|| parse(black_box(bytes)));
+            });
+        }
     }
     group.finish();
 }

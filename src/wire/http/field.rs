@@ -1,7 +1,5 @@
 //! The grammar of single lines: status line, header line, and the bytes inside them.
 
-use std::ops::Range;
-
 use super::error::Rule;
 
 /// The version and status of a status line, given without its line end.
@@ -9,7 +7,18 @@ use super::error::Rule;
 /// The reason phrase may be empty, and with it the space before it may be missing: Cloud
 /// Hypervisor's HTTP server sends `HTTP/1.1 200 ` and `HTTP/1.1 503`.
 pub(super) fn status_line(line: &[u8]) -> Result<(bool, u16), Rule> {
-    let Some((version, rest)) = line.split_at_checked(8) else {
+    let (is_http11, digits, reason) = split_status_line(line)?;
+    if !digits.iter().all(u8::is_ascii_digit) {
+        return Err(Rule::StatusLine);
+    }
+    check_bytes(reason)?;
+    let status = status_code(digits).ok_or(Rule::StatusCode)?;
+    Ok((is_http11, status))
+}
+
+/// Whether the version is 1.1, the three bytes where the status code should be, the reason.
+pub(super) fn split_status_line(line: &[u8]) -> Result<(bool, [u8; 3], &[u8]), Rule> {
+    let Some((version, rest)) = line.split_first_chunk::<8>() else {
         return Err(Rule::StatusLine);
     };
     let is_http11 = match version {
@@ -18,27 +27,23 @@ pub(super) fn status_line(line: &[u8]) -> Result<(bool, u16), Rule> {
         [b'H', b'T', b'T', b'P', b'/', ..] => return Err(Rule::Version),
         _ => return Err(Rule::StatusLine),
     };
-    let (digits, reason) = match rest {
-        [b' ', a, b, c] => ([*a, *b, *c], &[][..]),
-        [b' ', a, b, c, b' ', reason @ ..] => ([*a, *b, *c], reason),
-        _ => return Err(Rule::StatusLine),
-    };
-    if !digits.iter().all(u8::is_ascii_digit) {
-        return Err(Rule::StatusLine);
-    }
-    check_bytes(reason)?;
-    let status = digits
-        .iter()
-        .fold(0, |sum, digit| sum * 10 + u16::from(digit - b'0'));
-    if (100..600).contains(&status) {
-        Ok((is_http11, status))
-    } else {
-        Err(Rule::StatusCode)
+    match *rest {
+        [b' ', a, b, c] => Ok((is_http11, [a, b, c], &[])),
+        [b' ', a, b, c, b' ', ref reason @ ..] => Ok((is_http11, [a, b, c], reason)),
+        _ => Err(Rule::StatusLine),
     }
 }
 
-/// Where name and value lie in a header line, given without its line end.
-pub(super) fn header_line(line: &[u8]) -> Result<(Range<usize>, Range<usize>), Rule> {
+/// A status code: three digits, 100 to 599.
+pub(super) fn status_code(digits: [u8; 3]) -> Option<u16> {
+    let [a, b, c] = digits.map(|digit| u16::from(digit.wrapping_sub(b'0')));
+    let status = a * 100 + b * 10 + c;
+    (matches!(a, 1..=5) && b < 10 && c < 10).then_some(status)
+}
+
+/// Name and value of a header line, given without its line end. The value still has the
+/// white space around it.
+pub(super) fn header_line(line: &[u8]) -> Result<(&[u8], &[u8]), Rule> {
     let colon = token(line);
     match line.get(colon) {
         Some(b':') if colon > 0 => {}
@@ -47,10 +52,9 @@ pub(super) fn header_line(line: &[u8]) -> Result<(Range<usize>, Range<usize>), R
         Some(byte) if is_control(*byte) => return Err(Rule::ControlByte),
         _ => return Err(Rule::HeaderLine),
     }
-    let raw = &line[colon + 1..];
-    check_bytes(raw)?;
-    let (start, end) = trim(raw);
-    Ok((0..colon, colon + 1 + start..colon + 1 + end))
+    let value = &line[colon + 1..];
+    check_bytes(value)?;
+    Ok((&line[..colon], value))
 }
 
 /// A Content-Length: digits only, within 64 bits.
@@ -75,6 +79,24 @@ pub(super) fn has_word(list: &[u8], word: &str) -> bool {
         .any(|item| item.trim_ascii().eq_ignore_ascii_case(word.as_bytes()))
 }
 
+/// Whether a text without control bytes is this word, which has 8 to 24 bytes, all of them
+/// small letters and hyphens. The case of the text does not matter.
+pub(super) fn is_word<const N: usize>(text: &[u8], word: &[u8; N]) -> bool {
+    const { assert!(N >= 8 && N <= 24) };
+    // This bit alone tells letters of either case apart. It would also make a hyphen of CR.
+    const CASE: u64 = u64::from_le_bytes([0x20; 8]);
+    let eight = |bytes: &[u8], at: usize| {
+        let eight = bytes[at..]
+            .first_chunk()
+            .map(|eight| u64::from_le_bytes(*eight));
+        eight.unwrap_or_default()
+    };
+    text.len() == N
+        && [0, N / 2 - 4, N - 8]
+            .into_iter()
+            .all(|at| eight(text, at) | CASE == eight(word, at))
+}
+
 /// Inside a reason phrase or value: tab, space, visible ASCII, and any byte from 0x80.
 pub(super) fn check_bytes(bytes: &[u8]) -> Result<(), Rule> {
     match bytes.get(text(bytes).len()) {
@@ -88,27 +110,27 @@ pub(super) fn check_bytes(bytes: &[u8]) -> Result<(), Rule> {
 pub(super) fn text(bytes: &[u8]) -> &[u8] {
     const ONES: u64 = u64::from_le_bytes([1; 8]);
     const HIGHS: u64 = ONES << 7;
-    let mut at = 0;
+    let mut rest = bytes;
     // Eight bytes at a time. Subtraction marks the high bit of every byte that was too small;
     // a borrow can only mark bytes behind the first one that is marked rightly.
-    while let Some(eight) = bytes[at..].first_chunk::<8>() {
+    while let Some((eight, behind)) = rest.split_first_chunk::<8>() {
         let word = u64::from_le_bytes(*eight);
         let below_space = word.wrapping_sub(ONES * 0x20) & !word;
         let del = word ^ (ONES * 0x7f);
         let is_del = del.wrapping_sub(ONES) & !del;
         let marked = (below_space | is_del) & HIGHS;
         if marked == 0 {
-            at += 8;
+            rest = behind;
             continue;
         }
-        at += marked.trailing_zeros() as usize / 8;
-        if bytes[at] != b'\t' {
-            return &bytes[..at];
+        let at = marked.trailing_zeros() as usize / 8;
+        if eight[at] != b'\t' {
+            return &bytes[..bytes.len() - rest.len() + at];
         }
-        at += 1;
+        rest = &rest[at + 1..];
     }
-    let tail = bytes[at..].iter().take_while(|b| !is_control(**b)).count();
-    &bytes[..at + tail]
+    let tail = rest.iter().take_while(|b| !is_control(**b)).count();
+    &bytes[..bytes.len() - rest.len() + tail]
 }
 
 /// Length of the longest token at the front.
@@ -117,20 +139,20 @@ pub(super) fn token(bytes: &[u8]) -> usize {
     end.unwrap_or(bytes.len())
 }
 
-/// Where a value begins and ends without the white space around it.
-pub(super) fn trim(raw: &[u8]) -> (usize, usize) {
-    let start = raw.iter().take_while(|b| is_blank(**b)).count();
-    let blanks = raw[start..].iter().rev().take_while(|b| is_blank(**b));
-    (start, raw.len() - blanks.count())
+/// A value without the white space around it.
+pub(super) fn trim(mut raw: &[u8]) -> &[u8] {
+    while let [b' ' | b'\t', rest @ ..] = raw {
+        raw = rest;
+    }
+    while let [rest @ .., b' ' | b'\t'] = raw {
+        raw = rest;
+    }
+    raw
 }
 
 /// A control byte other than tab.
 pub(super) const fn is_control(byte: u8) -> bool {
     (byte < 0x20 && byte != b'\t') || byte == 0x7f
-}
-
-const fn is_blank(byte: u8) -> bool {
-    byte == b' ' || byte == b'\t'
 }
 
 /// A byte of a token (RFC 9110, 5.6.2).

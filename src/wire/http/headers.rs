@@ -6,6 +6,7 @@ use std::fmt;
 use memchr::memchr;
 
 use super::field;
+use super::parser::append;
 use crate::wire::excerpt::excerpt;
 
 /// The header lines of a response.
@@ -78,6 +79,13 @@ impl Headers {
         self.len += 1;
     }
 
+    /// Takes over a whole checked head, with the memory of the last one where there is some.
+    pub(super) fn set(&mut self, head: &[u8], first: usize, len: usize) {
+        append(&mut self.head, head);
+        self.first = first;
+        self.len = len;
+    }
+
     /// Forgets all lines and their bytes, keeps the memory.
     pub(super) fn clear(&mut self) {
         self.head.clear();
@@ -131,8 +139,7 @@ impl<'a> Iterator for Iter<'a> {
         // The name was checked to be a token, which is ASCII.
         let name = std::str::from_utf8(name).ok()?;
         let value = value[1..].strip_suffix(b"\r\n")?;
-        let (start, end) = field::trim(value);
-        Some((name, &value[start..end]))
+        Some((name, field::trim(value)))
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {

@@ -100,6 +100,7 @@ const HEAD_CAPACITY: usize = 512;
 impl ResponseParser {
     /// A parser for the answer to a request of the given method.
     #[must_use]
+    #[inline]
     pub fn new(method: Method, limits: Limits) -> Self {
         Self {
             method,
@@ -153,6 +154,7 @@ impl ResponseParser {
     /// # Errors
     /// [`HttpError::Truncated`] where it is not complete, [`HttpError::Poisoned`] after an
     /// error of `feed`.
+    #[inline]
     pub fn finish(self) -> Result<Response, HttpError> {
         let stage = match self.state {
             State::Complete | State::UntilEnd => {
@@ -256,7 +258,7 @@ impl ResponseParser {
             }
             let line = &self.headers.buffer()[start..end - 2];
             field::header_line(line)
-                .and_then(|(name, value)| self.facts.note(&line[name], &line[value]))
+                .and_then(|(name, value)| self.facts.note(name, value))
                 .map_err(|rule| HttpError::refused(rule, line))?;
             self.headers.count();
         }
@@ -347,7 +349,7 @@ impl ResponseParser {
     fn take_body(&mut self, rest: &mut &[u8], most: u64) -> u64 {
         let count = usize::try_from(most).map_or(rest.len(), |most| rest.len().min(most));
         let (taken, left) = rest.split_at(count);
-        self.body.extend_from_slice(taken);
+        append(&mut self.body, taken);
         *rest = left;
         count as u64
     }
@@ -438,6 +440,16 @@ impl ResponseParser {
     }
 }
 
+/// Appends to a buffer. A first piece that is no crumb gets just the room that it needs, by
+/// a shorter way than a growing buffer takes; crumbs share the least that a buffer has.
+pub(super) fn append(buffer: &mut Vec<u8>, bytes: &[u8]) {
+    if buffer.capacity() == 0 && bytes.len() >= 8 {
+        *buffer = bytes.to_vec();
+    } else {
+        buffer.extend_from_slice(bytes);
+    }
+}
+
 impl Facts {
     pub(super) fn of(is_http11: bool) -> Self {
         Self {
@@ -446,19 +458,23 @@ impl Facts {
         }
     }
 
-    /// Takes note of a header line that concerns framing.
+    /// Takes note of a header line that concerns framing. The name was checked to be a token,
+    /// the value to have no control bytes.
     pub(super) fn note(&mut self, name: &[u8], value: &[u8]) -> Result<(), Rule> {
         match name.len() {
-            10 if name.eq_ignore_ascii_case(b"connection") => {
-                self.close |= field::has_word(value, "close");
+            10 if field::is_word(name, b"connection") => {
+                let value = field::trim(value);
+                self.close |=
+                    !field::is_word(value, b"keep-alive") && field::has_word(value, "close");
             }
-            14 if name.eq_ignore_ascii_case(b"content-length") => {
-                let length = field::content_length(value)?;
+            14 if field::is_word(name, b"content-length") => {
+                let length = field::content_length(field::trim(value))?;
                 if self.length.replace(length).is_some() {
                     return Err(Rule::DuplicateLength);
                 }
             }
-            17 if name.eq_ignore_ascii_case(b"transfer-encoding") => {
+            17 if field::is_word(name, b"transfer-encoding") => {
+                let value = field::trim(value);
                 if self.chunked || !value.eq_ignore_ascii_case(b"chunked") {
                     return Err(Rule::TransferCoding);
                 }

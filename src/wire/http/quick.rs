@@ -5,59 +5,70 @@
 //! which alone decides on errors. So there is one set of rules, and the fuzz targets, which
 //! feed the same bytes whole and byte by byte, hold both paths against each other.
 
+use super::Limits;
 use super::error::HttpError;
 use super::field;
-use super::parser::{Facts, ResponseParser, State};
+use super::parser::{Facts, ResponseParser};
+
+/// A head that is in order.
+struct Head {
+    status: u16,
+    facts: Facts,
+    /// Where the header lines begin.
+    first: usize,
+    lines: usize,
+    /// Its length.
+    end: usize,
+}
 
 impl ResponseParser {
     /// Takes a whole head off the front of the input. `false`: nothing was taken.
     pub(super) fn quick_head(&mut self, rest: &mut &[u8]) -> Result<bool, HttpError> {
         let input = *rest;
         let window = &input[..input.len().min(usize::from(self.limits.head_bytes))];
-        let Some(end) = self.scan(window) else {
-            self.headers.clear();
+        let Some(head) = scan(window, &self.limits) else {
             return Ok(false);
         };
-        self.headers.buffer_mut().extend_from_slice(&window[..end]);
-        *rest = &input[end..];
-        self.line = end;
+        self.headers
+            .set(&window[..head.end], head.first, head.lines);
+        *rest = &input[head.end..];
+        self.status = head.status;
+        self.facts = head.facts;
+        self.line = head.end;
         self.end_of_head().map(|()| true)
     }
+}
 
-    /// Notes status, header lines and framing of a head. Gives its length.
-    fn scan(&mut self, head: &[u8]) -> Option<usize> {
-        let line = field::text(head);
-        if line.len() + 2 > usize::from(self.limits.status_line_bytes) {
+fn scan(head: &[u8], limits: &Limits) -> Option<Head> {
+    let line = field::text(head);
+    if line.len() + 2 > usize::from(limits.status_line_bytes) {
+        return None;
+    }
+    let (is_http11, digits, _) = field::split_status_line(line).ok()?;
+    let status = field::status_code(digits).filter(|status| *status != 101)?;
+    let mut facts = Facts::of(is_http11);
+    let first = line_end(head, line.len())?;
+    let (mut at, mut lines) = (first, 0);
+    loop {
+        let left = &head[at..];
+        let colon = field::token(left);
+        if colon == 0 {
+            let end = line_end(head, at)?;
+            return Some(Head {
+                status,
+                facts,
+                first,
+                lines,
+                end,
+            });
+        }
+        if left.get(colon) != Some(&b':') || lines >= usize::from(limits.header_lines) {
             return None;
         }
-        let (is_http11, status) = field::status_line(line).ok()?;
-        if status == 101 {
-            return None;
-        }
-        let mut facts = Facts::of(is_http11);
-        let mut at = line_end(head, line.len())?;
-        self.headers.begin(at);
-        loop {
-            let left = &head[at..];
-            if let [b'\r', b'\n', ..] = left {
-                self.status = status;
-                self.facts = facts;
-                self.state = State::HeaderLines;
-                return Some(at + 2);
-            }
-            let colon = field::token(left);
-            if colon == 0 || left.get(colon) != Some(&b':') {
-                return None;
-            }
-            let raw = field::text(&left[colon + 1..]);
-            let (start, end) = field::trim(raw);
-            facts.note(&left[..colon], &raw[start..end]).ok()?;
-            if self.headers.len() >= usize::from(self.limits.header_lines) {
-                return None;
-            }
-            self.headers.count();
-            at = line_end(head, at + colon + 1 + raw.len())?;
-        }
+        let value = field::text(&left[colon + 1..]);
+        facts.note(&left[..colon], value).ok()?;
+        lines += 1;
+        at = line_end(head, at + colon + 1 + value.len())?;
     }
 }
 
