@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{ErrorKind, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -16,13 +17,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use mio::Poll;
+use mio::{Events, Poll};
 use rewake::deadline::Deadline;
 use rewake::wire::conn::{
     Address, ConnError, Connecting, Connection, Exchange, Finished, Pace, Peer, Phase, Stream,
 };
 use rewake::wire::http::{Bound, EncodedRequest, Method, Request, Rule};
-use rewake::wire::reactor::{TokenRange, drive};
+use rewake::wire::reactor::{Machine, TokenRange, drive};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 const TOKENS: TokenRange = TokenRange::new(7, 1);
@@ -303,6 +304,57 @@ fn a_large_request_is_written_in_parts() {
         connection.exchange(&request, &[], soon()).unwrap().status,
         200
     );
+    server.join().unwrap();
+}
+
+#[test]
+fn a_request_that_is_out_waits_for_nothing_but_the_answer() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let stream = Stream::from_connected(ours).unwrap();
+    let (mut poll, mut events) = (Poll::new().unwrap(), Events::with_capacity(4));
+    let mut exchange = Exchange::over_stream(stream, get(), Peer::VMM, soon(), TOKENS);
+    assert!(
+        exchange
+            .advance(poll.registry(), Instant::now())
+            .is_continue()
+    );
+    // A peer that takes the request makes room for more of it.
+    assert!(read_head(&mut theirs).starts_with(b"GET /health "));
+    poll.poll(&mut events, Some(Duration::ZERO)).unwrap();
+    assert!(events.is_empty(), "{events:?}");
+    theirs.write_all(PING).unwrap();
+    poll.poll(&mut events, None).unwrap();
+    for event in &events {
+        exchange.on_event(poll.registry(), event);
+    }
+    let finished = exchange.advance(poll.registry(), Instant::now());
+    assert!(
+        matches!(finished, ControlFlow::Break(Ok(_))),
+        "{finished:?}"
+    );
+}
+
+#[test]
+fn a_connection_is_kept_after_a_request_that_went_out_in_parts() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let server = std::thread::spawn(move || {
+        for length in [0, 4 << 20, 0, 4 << 20, 0] {
+            read_head(&mut theirs);
+            let mut body = vec![0; length];
+            theirs.read_exact(&mut body).unwrap();
+            theirs.write_all(PING).unwrap();
+        }
+        assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
+    });
+    let stream = Stream::from_connected(ours).unwrap();
+    let mut connection = Connection::over(stream, Peer::VMM).unwrap();
+    for length in [0, 4 << 20, 0, 4 << 20, 0] {
+        let mut request = Request::new(Method::Put, "/");
+        request.body = vec![0; length];
+        let response = connection.exchange(&request, &[], soon()).unwrap();
+        assert_eq!(response.body, b"{}");
+    }
+    drop(connection);
     server.join().unwrap();
 }
 
@@ -706,8 +758,7 @@ fn a_dropped_exchange_closes_its_connection() {
     let stream = Stream::from_connected(ours).unwrap();
     let poll = Poll::new().unwrap();
     let mut exchange = Exchange::over_stream(stream, get(), Peer::VMM, soon(), TOKENS);
-    let step =
-        rewake::wire::reactor::Machine::advance(&mut exchange, poll.registry(), Instant::now());
+    let step = exchange.advance(poll.registry(), Instant::now());
     assert!(step.is_continue());
     assert_eq!(exchange.phase(), Phase::Waiting);
     assert!(!read_head(&mut theirs).is_empty());

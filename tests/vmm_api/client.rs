@@ -101,6 +101,9 @@ fn a_new_connection_follows_every_doubtful_answer() {
             name.contains("success") || name == "two answers",
             "{name}: {first:?}"
         );
+        if close {
+            server.await_close();
+        }
         client.resume(soon()).unwrap();
         let expected = [
             (0, "PUT /api/v1/vm.pause".to_owned()),
@@ -305,9 +308,10 @@ fn a_connection_made_elsewhere_can_be_adopted() {
     });
     let stream = Stream::from_connected(UnixStream::connect(&socket).unwrap()).unwrap();
     let mut client = Client::adopt(&socket, Version::V53, stream).unwrap();
-    for _ in 0..3 {
-        client.pause(soon()).unwrap();
-    }
+    client.pause(soon()).unwrap();
+    client.pause(soon()).unwrap();
+    server.await_close();
+    client.pause(soon()).unwrap();
     let connections: Vec<_> = server
         .lines()
         .into_iter()

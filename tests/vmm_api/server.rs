@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recv, recvmsg};
 
@@ -58,6 +59,7 @@ pub(crate) fn ping(version: &str) -> Vec<u8> {
 pub(crate) struct Server {
     socket: PathBuf,
     requests: Receiver<Received>,
+    closed: Receiver<()>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -70,10 +72,12 @@ impl Server {
     ) -> Self {
         let listener = UnixListener::bind(socket).unwrap();
         let (sender, requests) = channel();
-        let thread = std::thread::spawn(move || serve(&listener, &script, &sender));
+        let (close, closed) = channel();
+        let thread = std::thread::spawn(move || serve(&listener, &script, &sender, &close));
         Self {
             socket: socket.to_owned(),
             requests,
+            closed,
             thread: Some(thread),
         }
     }
@@ -81,6 +85,12 @@ impl Server {
     /// What has been asked so far, since the last time.
     pub(crate) fn received(&self) -> Vec<Received> {
         self.requests.try_iter().collect()
+    }
+
+    /// Blocks until the server has closed a connection: no client can know that it is about
+    /// to, and one that is quick would still send its next request there.
+    pub(crate) fn await_close(&self) {
+        self.closed.recv_timeout(Duration::from_secs(10)).unwrap();
     }
 
     /// The request lines with the connections they came on.
@@ -108,6 +118,7 @@ fn serve(
     listener: &UnixListener,
     script: &impl Fn(usize, &Received) -> Reply,
     sender: &Sender<Received>,
+    close: &Sender<()>,
 ) {
     let mut count = 0;
     for connection in 0.. {
@@ -136,6 +147,8 @@ fn serve(
         if first {
             return;
         }
+        drop(stream);
+        let _ = close.send(());
     }
 }
 

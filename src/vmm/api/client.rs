@@ -83,14 +83,13 @@ impl Client {
         version: Version,
         stream: Stream,
     ) -> Result<Self, ApiError> {
+        let mut client = Self::assuming(socket, version);
         let connection = Connection::over(stream, Peer::VMM).map_err(|source| {
             let operation = Operation::Ping;
             ApiError::NoAnswer { operation, source }
         })?;
-        Ok(Self {
-            connection: Some(connection),
-            ..Self::assuming(socket, version)
-        })
+        client.connection = Some(connection.returning_to(client.address()));
+        Ok(client)
     }
 
     /// The API socket.
@@ -150,15 +149,16 @@ impl Client {
     }
 
     fn connection(&mut self, deadline: Deadline) -> Result<&mut Connection, ConnError> {
-        let kept = self.connection.take().filter(Connection::is_open);
-        let connection = match kept {
+        // It looks after its stream by itself: one that CH has closed is made anew.
+        let connection = match self.connection.take() {
             Some(connection) => connection,
-            None => {
-                let address = Address::Unix(self.socket.clone());
-                Connection::connect(&address, Peer::VMM, deadline)?
-            }
+            None => Connection::connect(&self.address(), Peer::VMM, deadline)?,
         };
         Ok(self.connection.insert(connection))
+    }
+
+    fn address(&self) -> Address {
+        Address::Unix(self.socket.clone())
     }
 }
 

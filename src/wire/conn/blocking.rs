@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 
 use mio::Poll;
 
-use super::stream::{Connecting, Stream};
+use super::stream::{Connecting, Stream, Watched};
 use super::{Address, ConnError, Exchange, Finished, MAX_DESCRIPTORS, Peer, Phase};
 use crate::deadline::Deadline;
 use crate::wire::http::{EncodedRequest, Request, Response};
@@ -24,7 +24,8 @@ pub struct Connection {
     address: Option<Address>,
     peer: Peer,
     poll: Poll,
-    stream: Option<Stream>,
+    /// Stays registered from one exchange to the next.
+    stream: Option<Watched>,
 }
 
 impl Connection {
@@ -37,7 +38,7 @@ impl Connection {
         let mut connecting = Connecting::to(address, deadline, TOKENS);
         let stream = drive(&mut connection.poll, &mut connecting)
             .map_err(epoll_failed(Phase::Connecting))??;
-        connection.stream = Some(stream);
+        connection.stream = Some(Watched::new(stream));
         Ok(connection)
     }
 
@@ -48,8 +49,15 @@ impl Connection {
     /// [`ConnError::Io`] of `epoll`.
     pub fn over(stream: Stream, peer: Peer) -> Result<Self, ConnError> {
         let mut connection = Self::idle(None, peer)?;
-        connection.stream = Some(stream);
+        connection.stream = Some(Watched::new(stream));
         Ok(connection)
+    }
+
+    /// The same with an address to connect to once the stream has ended.
+    #[must_use]
+    pub fn returning_to(mut self, address: Address) -> Self {
+        self.address = Some(address);
+        self
     }
 
     /// Sends a request, the descriptors with its first byte, and reads the answer. Blocks
@@ -89,26 +97,35 @@ impl Connection {
             phase: Phase::Connecting,
             source,
         })?;
-        let exchange = match (self.stream.take().filter(Stream::is_idle), &self.address) {
-            (Some(stream), _) => {
-                Exchange::over_stream(stream, request, self.peer, deadline, TOKENS)
-            }
+        let exchange = match (self.take_idle(), &self.address) {
+            (Some(stream), _) => Exchange::resume(stream, request, self.peer, deadline, TOKENS),
             (None, Some(address)) => {
                 Exchange::connect(address, request, self.peer, deadline, TOKENS)
             }
             (None, None) => return Err(ConnError::Spent),
         };
-        let mut exchange = exchange.with_descriptors(fds)?;
+        let mut exchange = exchange.with_descriptors(fds)?.keeping();
         let driven = drive(&mut self.poll, &mut exchange);
-        let mut finished = driven.map_err(epoll_failed(exchange.phase()))??;
-        self.stream = finished.stream.take();
+        let finished = driven.map_err(epoll_failed(exchange.phase()))??;
+        self.stream = exchange.kept();
         Ok(finished)
     }
 
     /// Whether the next exchange will use the stream of the last one, as far as is known.
     #[must_use]
     pub fn is_open(&self) -> bool {
-        self.stream.as_ref().is_some_and(Stream::is_idle)
+        let stream = self.stream.as_ref().map(Watched::stream);
+        stream.is_some_and(Stream::is_idle)
+    }
+
+    /// The kept stream, unless something has happened to it since.
+    fn take_idle(&mut self) -> Option<Watched> {
+        let watched = self.stream.take()?;
+        if watched.stream().is_idle() {
+            return Some(watched);
+        }
+        watched.release(self.poll.registry());
+        None
     }
 
     fn idle(address: Option<Address>, peer: Peer) -> Result<Self, ConnError> {

@@ -9,7 +9,7 @@ use mio::event::Event;
 use mio::{Registry, Token};
 use rustix::io::Errno;
 
-use super::stream::{Connecting, MAX_DESCRIPTORS, Stream};
+use super::stream::{Connecting, MAX_DESCRIPTORS, Stream, Watched};
 use super::{Address, ConnError, Peer, Phase, Times};
 use crate::deadline::Deadline;
 use crate::wire::http::{EncodedRequest, HttpError, Progress, Response, ResponseParser};
@@ -50,14 +50,18 @@ pub struct Exchange {
     /// The kernel may take more of the request.
     writable: bool,
     times: Times,
+    /// Leaves a stream that may be used again with the poll that watches it.
+    keeps: bool,
 }
 
 #[derive(Debug)]
 enum State {
     Connecting(Connecting),
-    /// Given as connected, not registered yet.
+    /// Given as connected, not looked at yet.
     Idle(Stream),
-    Open(Stream),
+    Open(Watched),
+    /// Done, the stream to be taken out.
+    Kept(Watched),
     Done,
 }
 
@@ -122,6 +126,20 @@ impl Exchange {
         Self::new(State::Idle(stream), request, peer, deadline, tokens)
     }
 
+    /// An exchange on the stream that [`keeping`](Self::keeping) left with the same poll and
+    /// token. The caller has seen that it is idle.
+    pub(super) fn resume(
+        stream: Watched,
+        request: EncodedRequest,
+        peer: Peer,
+        deadline: Deadline,
+        tokens: TokenRange,
+    ) -> Self {
+        let mut exchange = Self::new(State::Open(stream), request, peer, deadline, tokens);
+        exchange.times.connected = Some(Instant::now());
+        exchange
+    }
+
     fn new(
         state: State,
         request: EncodedRequest,
@@ -142,6 +160,22 @@ impl Exchange {
             readable: false,
             writable: true,
             times: Times::default(),
+            keeps: false,
+        }
+    }
+
+    /// The same for one poll that serves all exchanges on a stream: where it may be used
+    /// again, it stays registered, and is in [`kept`](Self::kept), not in [`Finished`].
+    pub(super) const fn keeping(mut self) -> Self {
+        self.keeps = true;
+        self
+    }
+
+    /// The stream, if there is one to use again.
+    pub(super) fn kept(self) -> Option<Watched> {
+        match self.state {
+            State::Kept(stream) => Some(stream),
+            _ => None,
         }
     }
 
@@ -165,7 +199,7 @@ impl Exchange {
             Phase::Connecting
         } else if self.received > 0 {
             Phase::Reading
-        } else if self.sent < self.request.as_bytes().len() {
+        } else if !self.is_sent() {
             Phase::Sending
         } else {
             Phase::Waiting
@@ -183,8 +217,8 @@ impl Exchange {
         registry: &Registry,
         now: Instant,
     ) -> ControlFlow<Result<Finished, ConnError>> {
-        if let ControlFlow::Break(opened) = self.open(registry, now) {
-            return ControlFlow::Break(Err(opened));
+        if let ControlFlow::Break(error) = self.open(registry, now) {
+            return ControlFlow::Break(Err(error));
         }
         if !matches!(self.state, State::Open(_)) {
             return ControlFlow::Continue(());
@@ -206,13 +240,14 @@ impl Exchange {
             Ok(Read::WouldBlock) => broken,
             Err(error) => Some(broken.unwrap_or(error)),
         };
-        match ended.or_else(|| self.out_of_time(now)) {
+        let ended = ended.or_else(|| self.out_of_time(now));
+        match ended.or_else(|| self.watch(registry).err()) {
             Some(error) => ControlFlow::Break(Err(error)),
             None => ControlFlow::Continue(()),
         }
     }
 
-    /// Gets the stream open and registered. `Break`: it failed for good.
+    /// Gets the stream open. `Break`: it failed for good.
     fn open(&mut self, registry: &Registry, now: Instant) -> ControlFlow<ConnError> {
         let stream = match &mut self.state {
             State::Connecting(connecting) => match connecting.step(registry, now) {
@@ -220,35 +255,37 @@ impl Exchange {
                 ControlFlow::Break(Err(error)) => return ControlFlow::Break(error),
                 ControlFlow::Break(Ok(stream)) => stream,
             },
-            State::Idle(_) => match self.adopt(registry) {
-                Ok(stream) => stream,
-                Err(error) => return ControlFlow::Break(error),
+            State::Idle(_) => match std::mem::replace(&mut self.state, State::Done) {
+                // Something may have happened to it since it was kept.
+                State::Idle(stream) if stream.is_idle() => Watched::new(stream),
+                _ => return ControlFlow::Break(ConnError::Spent),
             },
             State::Open(_) => return ControlFlow::Continue(()),
-            State::Done => return ControlFlow::Break(ConnError::Spent),
+            State::Kept(_) | State::Done => return ControlFlow::Break(ConnError::Spent),
         };
         self.times.connected = Some(Instant::now());
         self.state = State::Open(stream);
         ControlFlow::Continue(())
     }
 
-    /// Begins on a stream that was kept, unless something has happened to it since.
-    fn adopt(&mut self, registry: &Registry) -> Result<Stream, ConnError> {
-        match std::mem::replace(&mut self.state, State::Done) {
-            State::Idle(stream) if stream.is_idle() => {
-                let result = stream.register(registry, self.token);
-                result.map_err(|errno| ConnError::io("epoll_ctl", Phase::Connecting, errno))?;
-                Ok(stream)
-            }
-            _ => Err(ConnError::Spent),
-        }
+    /// Has the poll tell what is now missing: bytes of the answer, or room for the request.
+    /// Only now, as a request that fits is sent without any help of the poll.
+    fn watch(&mut self, registry: &Registry) -> Result<(), ConnError> {
+        let phase = self.phase();
+        let State::Open(stream) = &mut self.state else {
+            return Ok(());
+        };
+        stream
+            .watch(registry, self.token, phase == Phase::Sending)
+            .map_err(|errno| ConnError::io("epoll_ctl", phase, errno))
     }
 
     /// Writes what the kernel takes.
     fn send(&mut self) -> Result<(), ConnError> {
-        let State::Open(stream) = &self.state else {
+        let State::Open(watched) = &self.state else {
             return Ok(());
         };
+        let stream = watched.stream();
         while self.writable {
             let left = &self.request.as_bytes()[self.sent..];
             if left.is_empty() {
@@ -276,9 +313,10 @@ impl Exchange {
     /// Reads until the response is complete or the socket is empty.
     fn receive(&mut self) -> Result<Read, ConnError> {
         let phase = self.phase();
-        let (State::Open(stream), Some(parser)) = (&self.state, &mut self.parser) else {
+        let (State::Open(watched), Some(parser)) = (&self.state, &mut self.parser) else {
             return Ok(Read::WouldBlock);
         };
+        let stream = watched.stream();
         let mut buffer = [MaybeUninit::uninit(); READ_BYTES];
         while self.readable {
             let bytes = match stream.read(&mut buffer) {
@@ -303,15 +341,23 @@ impl Exchange {
     }
 
     fn complete(&mut self, leftover: bool, registry: &Registry) -> Result<Finished, ConnError> {
-        let stream = self.close(registry);
         let parser = self.parser.take().ok_or(ConnError::Spent)?;
         let response = parser.finish().map_err(ConnError::Protocol)?;
         self.times.complete = Some(Instant::now());
-        let all_sent = self.sent == self.request.as_bytes().len();
-        let reusable = response.keep_alive && !leftover && all_sent;
+        let reusable = response.keep_alive && !leftover && self.is_sent();
+        let mut stream = None;
+        match std::mem::replace(&mut self.state, State::Done) {
+            State::Open(watched) if reusable && self.keeps => {
+                self.state = State::Kept(watched.at_rest(registry));
+            }
+            State::Open(watched) => {
+                stream = Some(watched.release(registry)).filter(|_| reusable);
+            }
+            _ => {}
+        }
         Ok(Finished {
             response,
-            stream: stream.filter(|_| reusable),
+            stream,
             times: self.times,
         })
     }
@@ -341,13 +387,18 @@ impl Exchange {
         })
     }
 
-    fn close(&mut self, registry: &Registry) -> Option<Stream> {
-        match std::mem::replace(&mut self.state, State::Done) {
-            State::Open(stream) => {
-                stream.deregister(registry);
-                Some(stream)
-            }
-            _ => None,
+    fn is_sent(&self) -> bool {
+        self.sent == self.request.as_bytes().len()
+    }
+
+    /// Closes the stream, unless it was kept or given back.
+    fn close(&mut self, registry: &Registry) {
+        if matches!(self.state, State::Open(_))
+            && let State::Open(watched) = std::mem::replace(&mut self.state, State::Done)
+        {
+            // It must be taken from the poll while it is open: a copy of it elsewhere would
+            // keep it there after its close.
+            watched.release(registry);
         }
     }
 }
@@ -366,8 +417,6 @@ impl Machine for Exchange {
     fn advance(&mut self, registry: &Registry, now: Instant) -> ControlFlow<Self::Output> {
         let result = self.run(registry, now);
         if result.is_break() {
-            // The stream is deregistered while it is open: a copy of it elsewhere would keep
-            // it in the poll after its close.
             self.close(registry);
         }
         result

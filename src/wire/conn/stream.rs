@@ -51,18 +51,6 @@ impl Stream {
         )
     }
 
-    pub(super) fn register(&self, registry: &Registry, token: Token) -> Result<(), Errno> {
-        let interest = Interest::READABLE | Interest::WRITABLE;
-        registry
-            .register(&mut SourceFd(&self.fd.as_raw_fd()), token, interest)
-            .map_err(|error| errno_of(&error))
-    }
-
-    pub(super) fn deregister(&self, registry: &Registry) {
-        // It can only fail where the stream was never registered, and then all is well.
-        let _ = registry.deregister(&mut SourceFd(&self.fd.as_raw_fd()));
-    }
-
     /// Reads what is there. Nothing: end of stream.
     pub(super) fn read<'a>(&self, buffer: &'a mut [MaybeUninit<u8>]) -> Result<&'a [u8], Errno> {
         let ((bytes, _), _) = rustix::net::recv(&self.fd, buffer, RecvFlags::DONTWAIT)?;
@@ -101,13 +89,73 @@ impl From<Stream> for OwnedFd {
     }
 }
 
+/// A stream that a poll may be watching.
+#[derive(Debug)]
+pub(super) struct Watched {
+    stream: Stream,
+    /// What for. `None`: it is not registered.
+    interest: Option<Interest>,
+}
+
+impl Watched {
+    pub(super) const fn new(stream: Stream) -> Self {
+        Self {
+            stream,
+            interest: None,
+        }
+    }
+
+    pub(super) const fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    /// Has the poll watch for bytes to read and, where `writable` says so, for room to write.
+    /// What is there already makes an event, too, so nothing is missed by beginning late.
+    pub(super) fn watch(
+        &mut self,
+        registry: &Registry,
+        token: Token,
+        writable: bool,
+    ) -> Result<(), Errno> {
+        let interest = match writable {
+            true => Interest::READABLE | Interest::WRITABLE,
+            false => Interest::READABLE,
+        };
+        let fd = self.stream.fd.as_raw_fd();
+        let mut source = SourceFd(&fd);
+        let result = match self.interest {
+            Some(known) if known.is_writable() || !writable => return Ok(()),
+            Some(_) => registry.reregister(&mut source, token, interest),
+            None => registry.register(&mut source, token, interest),
+        };
+        result.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        self.interest = Some(interest);
+        Ok(())
+    }
+
+    /// The stream, no longer watched.
+    pub(super) fn release(self, registry: &Registry) -> Stream {
+        if self.interest.is_some() {
+            let fd = self.stream.fd.as_raw_fd();
+            // It can only fail where the poll has forgotten the stream already.
+            let _ = registry.deregister(&mut SourceFd(&fd));
+        }
+        self.stream
+    }
+
+    /// For a pause between two exchanges: goes on being watched only if that is for reading.
+    /// Every request that the peer takes makes room to write, which nobody waits for.
+    pub(super) fn at_rest(self, registry: &Registry) -> Self {
+        match self.interest {
+            Some(interest) if interest.is_writable() => Self::new(self.release(registry)),
+            _ => self,
+        }
+    }
+}
+
 fn set_nonblocking(fd: &OwnedFd) -> Result<(), ConnError> {
     rustix::io::ioctl_fionbio(fd, true)
         .map_err(|errno| ConnError::io("ioctl(FIONBIO)", Phase::Connecting, errno))
-}
-
-fn errno_of(error: &std::io::Error) -> Errno {
-    Errno::from_io_error(error).unwrap_or(Errno::IO)
 }
 
 /// A connection in the making: a [`Machine`] with one token.
@@ -126,10 +174,10 @@ enum State {
         at: Option<Instant>,
         delay: Duration,
     },
-    /// Begun elsewhere, not registered yet.
+    /// Begun elsewhere, not looked at yet.
     Given(Stream),
-    /// Registered, waiting to become writable.
-    Pending(Stream),
+    /// Begun: the socket knows what came of it.
+    Pending(Watched),
     Done,
 }
 
@@ -166,12 +214,12 @@ impl Connecting {
         }
     }
 
-    /// The stream stays registered under the machine's token, for an exchange to go on with.
+    /// The stream may be watched, under the machine's token, for an exchange to go on with.
     pub(super) fn step(
         &mut self,
         registry: &Registry,
         now: Instant,
-    ) -> ControlFlow<Result<Stream, ConnError>> {
+    ) -> ControlFlow<Result<Watched, ConnError>> {
         let result = loop {
             match std::mem::replace(&mut self.state, State::Done) {
                 State::Begin { at, delay } if at.is_some_and(|at| now < at) => {
@@ -180,7 +228,10 @@ impl Connecting {
                 }
                 State::Begin { .. } if self.has_passed(now) => break self.pending(now),
                 State::Begin { delay, .. } => match self.begin() {
-                    Ok(stream) => self.state = State::Given(stream),
+                    Ok((stream, Begun::Stands)) => break Some(Ok(Watched::new(stream))),
+                    Ok((stream, Begun::Pending)) => {
+                        self.state = State::Pending(Watched::new(stream));
+                    }
                     // A Unix socket's backlog is full, and nothing can be polled for.
                     Err(Errno::AGAIN) => {
                         self.state = State::Begin {
@@ -191,16 +242,22 @@ impl Connecting {
                     }
                     Err(errno) => break Some(Err(self.refused(errno))),
                 },
-                State::Given(stream) => match self.adopt(&stream, registry) {
-                    Ok(()) => self.state = State::Pending(stream),
+                State::Given(stream) => match set_nonblocking(&stream.fd) {
+                    Ok(()) => self.state = State::Pending(Watched::new(stream)),
                     Err(error) => break Some(Err(error)),
                 },
-                State::Pending(stream) => match outcome(&stream) {
-                    Ok(true) => break Some(Ok(stream)),
-                    Ok(false) => {
-                        self.state = State::Pending(stream);
-                        break self.pending(now);
-                    }
+                State::Pending(mut watched) => match outcome(watched.stream()) {
+                    Ok(true) => break Some(Ok(watched)),
+                    Ok(false) => match watched.watch(registry, self.token, true) {
+                        Ok(()) => {
+                            self.state = State::Pending(watched);
+                            break self.pending(now);
+                        }
+                        Err(errno) => {
+                            let phase = Phase::Connecting;
+                            break Some(Err(ConnError::io("epoll_ctl", phase, errno)));
+                        }
+                    },
                     Err(errno) => break Some(Err(self.refused(errno))),
                 },
                 State::Done => break Some(Err(ConnError::Spent)),
@@ -212,7 +269,7 @@ impl Connecting {
         }
     }
 
-    fn pending(&self, now: Instant) -> Option<Result<Stream, ConnError>> {
+    fn pending<T>(&self, now: Instant) -> Option<Result<T, ConnError>> {
         self.has_passed(now).then_some(Err(ConnError::Timeout {
             phase: Phase::Connecting,
         }))
@@ -222,7 +279,7 @@ impl Connecting {
         self.deadline.instant().is_some_and(|at| now >= at)
     }
 
-    fn begin(&self) -> Result<Stream, Errno> {
+    fn begin(&self) -> Result<(Stream, Begun), Errno> {
         match &self.address {
             Some(Address::Unix(path)) => {
                 let address = SocketAddrUnix::new(path)?;
@@ -233,19 +290,12 @@ impl Connecting {
                     true => AddressFamily::INET,
                     false => AddressFamily::INET6,
                 };
-                let stream = begin(family, address)?;
+                let (stream, begun) = begin(family, address)?;
                 sockopt::set_tcp_nodelay(&stream.fd, true)?;
-                Ok(stream)
+                Ok((stream, begun))
             }
             None => Err(Errno::DESTADDRREQ),
         }
-    }
-
-    fn adopt(&self, stream: &Stream, registry: &Registry) -> Result<(), ConnError> {
-        set_nonblocking(&stream.fd)?;
-        stream
-            .register(registry, self.token)
-            .map_err(|errno| ConnError::io("epoll_ctl", Phase::Connecting, errno))
     }
 
     fn refused(&self, errno: Errno) -> ConnError {
@@ -259,15 +309,22 @@ impl Connecting {
     }
 }
 
+/// What a `connect` came to.
+enum Begun {
+    Stands,
+    Pending,
+}
+
 fn begin(
     family: AddressFamily,
     address: &impl rustix::net::addr::SocketAddrArg,
-) -> Result<Stream, Errno> {
+) -> Result<(Stream, Begun), Errno> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let fd = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
     match rustix::net::connect(&fd, address) {
+        Ok(()) => Ok((Stream { fd }, Begun::Stands)),
         // An interrupted connect goes on in the background, like one that takes time.
-        Ok(()) | Err(Errno::INPROGRESS | Errno::INTR) => Ok(Stream { fd }),
+        Err(Errno::INPROGRESS | Errno::INTR) => Ok((Stream { fd }, Begun::Pending)),
         Err(errno) => Err(errno),
     }
 }
@@ -289,11 +346,8 @@ impl Machine for Connecting {
     fn on_event(&mut self, _registry: &Registry, _event: &Event) {}
 
     fn advance(&mut self, registry: &Registry, now: Instant) -> ControlFlow<Self::Output> {
-        let result = self.step(registry, now);
-        if let ControlFlow::Break(Ok(stream)) = &result {
-            stream.deregister(registry);
-        }
-        result
+        self.step(registry, now)
+            .map_break(|result| result.map(|watched| watched.release(registry)))
     }
 
     fn wake_at(&self) -> Option<Instant> {
