@@ -6,6 +6,8 @@
 //! links. Every slot that is built is checked before it counts. Needs root, `ip`,
 //! `iptables` and `sysctl`.
 
+#[path = "interleaved/mod.rs"]
+mod interleaved;
 #[path = "../tests/netlab/mod.rs"]
 mod netlab;
 
@@ -14,6 +16,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use interleaved::{Samples, numbers, print_machine};
 use netlab::{Lab, UPLINK, soon};
 use rewake::fault::Faults;
 use rewake::ids::SlotIndex;
@@ -26,21 +29,12 @@ const THREADS: usize = 8;
 const CONVENTIONAL: u16 = 20_000;
 
 fn main() {
-    let rounds = std::env::args().find_map(|argument| argument.parse().ok());
-    let rounds: usize = rounds.unwrap_or(60);
+    let [rounds] = numbers([60]);
     let Some(lab) = Lab::new("bench net") else {
         return;
     };
     let host = lab.open(Faults::NONE);
     print_machine();
-    println!(
-        "built as {}",
-        if cfg!(debug_assertions) {
-            "debug"
-        } else {
-            "release"
-        }
-    );
 
     let mut ours = Samples::default();
     let mut ours_gone = Samples::default();
@@ -49,11 +43,11 @@ fn main() {
     for round in 0..rounds {
         let started = Instant::now();
         let slot = host.create("bench", soon()).expect("a slot");
-        ours.add(started);
+        ours.push(started.elapsed());
         host.check(&slot, soon()).expect("an undamaged slot");
         let started = Instant::now();
         host.destroy(slot, soon()).expect("removal");
-        ours_gone.add(started);
+        ours_gone.push(started.elapsed());
 
         let index = CONVENTIONAL + u16::try_from(round % 1000).expect("below 1000");
         theirs.push(conventional(&lab, &host, "create", index));
@@ -87,7 +81,7 @@ fn retired(host: &Arc<HostNet>, rounds: usize) {
                 for _ in 0..rounds {
                     let started = Instant::now();
                     let slot = host.create("bench", soon()).expect("a slot");
-                    created.lock().expect("no panic").add(started);
+                    created.lock().expect("no panic").push(started.elapsed());
                     host.check(&slot, soon()).expect("an undamaged slot");
                     pool.retire(slot);
                 }
@@ -122,7 +116,7 @@ fn pooled(host: &Arc<HostNet>) {
         for _ in 0..READY / 2 {
             let started = Instant::now();
             let slot = pool.take("bench").expect("a record").expect("a slot");
-            taken.add(started);
+            taken.push(started.elapsed());
             slots.push(slot);
         }
         for slot in slots {
@@ -147,11 +141,11 @@ fn parallel(host: &HostNet, rounds: usize) {
                 for _ in 0..rounds {
                     let started = Instant::now();
                     let slot = host.create("bench", soon()).expect("a slot");
-                    created.lock().expect("no panic").add(started);
+                    created.lock().expect("no panic").push(started.elapsed());
                     host.check(&slot, soon()).expect("an undamaged slot");
                     let started = Instant::now();
                     host.destroy(slot, soon()).expect("removal");
-                    destroyed.lock().expect("no panic").add(started);
+                    destroyed.lock().expect("no panic").push(started.elapsed());
                 }
             });
         }
@@ -188,55 +182,4 @@ fn check_conventional(lab: &Lab, host: &HostNet, index: u16) {
     let plan = host.config().slot(SlotIndex::new(index).expect("in range"));
     let route = lab.on_host(&format!("route get {}", plan.host_address));
     assert!(route.contains(&plan.veth), "{route}");
-}
-
-#[derive(Default)]
-struct Samples(Vec<Duration>);
-
-impl Samples {
-    fn add(&mut self, started: Instant) {
-        self.push(started.elapsed());
-    }
-
-    fn push(&mut self, sample: Duration) {
-        self.0.push(sample);
-    }
-
-    fn at(&self, fraction: f64) -> Duration {
-        let mut sorted = self.0.clone();
-        sorted.sort();
-        let last = sorted.len() - 1;
-        sorted[(last as f64 * fraction).round() as usize]
-    }
-
-    fn median(&self) -> Duration {
-        self.at(0.5)
-    }
-
-    fn print(&self, what: &str) {
-        println!(
-            "{what:38} median {:9.3?}  p99 {:9.3?}  min {:9.3?}  n {}",
-            self.median(),
-            self.at(0.99),
-            self.at(0.0),
-            self.0.len()
-        );
-    }
-}
-
-fn print_machine() {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let cpu = read("/proc/cpuinfo");
-    let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name"));
-    let commit = Command::new("git")
-        .args(["rev-parse", "--short", "HEAD"])
-        .output();
-    let commit = commit.map(|it| String::from_utf8_lossy(&it.stdout).trim().to_owned());
-    println!(
-        "commit {}, Linux {}, {} x {}",
-        commit.unwrap_or_default(),
-        read("/proc/sys/kernel/osrelease").trim(),
-        std::thread::available_parallelism().map_or(0, usize::from),
-        cpu.unwrap_or_default().trim_start_matches([' ', '\t', ':'])
-    );
 }

@@ -11,7 +11,7 @@
 #[path = "interleaved/mod.rs"]
 mod interleaved;
 // Shared with the tests, which use more of it.
-#[allow(dead_code)]
+#[allow(dead_code, clippy::unwrap_used)]
 #[path = "../tests/probe_guest/lab.rs"]
 mod lab;
 

@@ -1,6 +1,11 @@
 //! The restore sequence against the stand-in, with nothing but a loopback port: the good path,
 //! and every phase broken in turn.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot prepare itself may panic"
+)]
+
 mod stage;
 
 use std::time::{Duration, Instant};

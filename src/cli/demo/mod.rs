@@ -1,44 +1,40 @@
 //! `rewake demo`: the whole story in one command. A guest boots, is frozen into a snapshot
 //! and destroyed; the snapshot is brought back to life; the guest proves that it remembers.
 
+mod place;
+
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use rewake::deadline::Deadline;
 use rewake::doctor;
-use rewake::envd;
 use rewake::envd::client::{Client as Agent, ClientOptions, Incarnation};
 use rewake::envd::hedge::Hedge;
 use rewake::envd::init::{Init, Lifecycle};
 use rewake::envd::ready::await_ready;
-use rewake::envd::socket::{CurrentNetns, InNetns, Sockets};
-use rewake::fault::Faults;
 use rewake::ids::SandboxId;
 use rewake::plan::RestoreInputs;
 use rewake::probe_guest;
 use rewake::resource::ledger::{Ledger, Step};
-use rewake::resource::net::{CreateError, HostNet, NetConfig, NetError, Slot};
 use rewake::restore::{RestoreSpec, Restored, restore};
 use rewake::units::Bytes;
 use rewake::vm_config::{
-    BalloonConfig, ConsoleConfig, ConsoleOutputMode, CpusConfig, MacAddr, MemoryConfig,
-    NetConfig as VmNet, PayloadConfig, SerialConfig, VmConfig,
+    BalloonConfig, ConsoleConfig, ConsoleOutputMode, CpusConfig, MemoryConfig, PayloadConfig,
+    SerialConfig, VmConfig,
 };
 use rewake::vmm::api::{ApiError, Client};
 
 use rewake::vmm::launch::{ApiSocket, LaunchSpec, StopLimits, Vmm, launch};
 use rewake::wire::json::{self, JsonLimits};
-use rewake_sys::{CallError, kvm, netns, userns};
-use rustix::mount::UnmountFlags;
+use rewake_sys::{kvm, netns, userns};
 use serde_json::Value;
 
 use super::restore::Mode;
 use super::{Failure, Global, report};
+use place::Network;
 
 #[derive(Debug, Args)]
 pub(super) struct DemoArgs {
@@ -75,19 +71,6 @@ enum Kernel {
     Played,
 }
 
-/// The way to the guest.
-enum Network {
-    /// A real slot: namespace, tap, links; in a host of its own, so that nothing of this
-    /// machine's network is touched.
-    Slot {
-        net: Box<HostNet>,
-        /// Gone once it was taken down.
-        slot: Option<Slot>,
-    },
-    /// The stand-in's agent on a port of this machine, where no namespace may be made.
-    Loopback { guest: SocketAddr },
-}
-
 /// What stops the story.
 enum Setback {
     /// `vm.snapshot` was refused: some kinds of KVM cannot give a vCPU's state away.
@@ -99,17 +82,6 @@ impl<E: Into<Failure>> From<E> for Setback {
     fn from(error: E) -> Self {
         Self::Failed(error.into())
     }
-}
-
-/// Why there is no network slot for the demo.
-#[derive(Debug, thiserror::Error)]
-enum SlotProblem {
-    #[error("Cannot make a network namespace")]
-    Namespace(#[source] CallError),
-    #[error("Cannot use the namespace as a host")]
-    Host(#[source] NetError),
-    #[error("Cannot make a network slot")]
-    Create(#[source] CreateError),
 }
 
 /// The restored guest is not the one that was frozen.
@@ -400,122 +372,6 @@ impl Actor {
             Kernel::Played => "The stand-in (not Cloud Hypervisor, and no VM)",
         }
     }
-}
-
-impl Network {
-    fn make(actor: &Actor, dir: &Path, deadline: Deadline) -> Result<Self, Setback> {
-        match Self::slot(dir, deadline) {
-            Ok(slot) => Ok(slot),
-            Err(error) if actor.kernel == Kernel::Played => {
-                log::info!("No network slot: {error}");
-                // The port is free again at once; the stand-in takes it.
-                let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-                Ok(Self::Loopback {
-                    guest: free.local_addr()?,
-                })
-            }
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    fn slot(dir: &Path, deadline: Deadline) -> Result<Self, SlotProblem> {
-        let host = netns::run_in_new(|netns| netns).map_err(SlotProblem::Namespace)?;
-        let config = NetConfig {
-            runtime_dir: dir.join("slots"),
-            netns_dir: dir.join("netns"),
-            ..NetConfig::default()
-        };
-        let net =
-            HostNet::open_in(host.as_fd(), config, Faults::default()).map_err(SlotProblem::Host)?;
-        let slot = net
-            .prepare(deadline)
-            .map_err(SlotProblem::Host)
-            .and_then(|()| net.create("demo", deadline).map_err(SlotProblem::Create));
-        let slot = slot.inspect_err(|_| {
-            // Where it was not mounted yet there is nothing to unmount.
-            let _ = unmount_namespaces(&net);
-        })?;
-        Ok(Self::Slot {
-            slot: Some(slot),
-            net: Box::new(net),
-        })
-    }
-
-    /// Takes it down; the result is what is left.
-    fn remove(&mut self) -> Option<String> {
-        let Self::Slot { net, slot } = self else {
-            return None;
-        };
-        let failure = net.destroy(slot.take()?, Deadline::after(BUDGET)).err();
-        let mounted = unmount_namespaces(net).err();
-        let mounted = mounted.map(|error| format!("the mount of namespaces: {error}"));
-        failure.map(|failure| failure.to_string()).or(mounted)
-    }
-
-    fn name(&self) -> &'static str {
-        match self {
-            Self::Slot { .. } => "slot",
-            Self::Loopback { .. } => "loopback",
-        }
-    }
-
-    fn place(&self) -> &'static str {
-        match self {
-            Self::Slot { .. } => "in a network slot of its own",
-            Self::Loopback { .. } => "on a loopback port (no namespace may be made here)",
-        }
-    }
-
-    fn guest(&self) -> SocketAddr {
-        match self {
-            Self::Slot { net, .. } => SocketAddr::from((net.config().guest_address, envd::PORT)),
-            Self::Loopback { guest } => *guest,
-        }
-    }
-
-    fn netns_path(&self) -> Option<PathBuf> {
-        match self {
-            Self::Slot { slot, .. } => slot.as_ref().map(|slot| slot.netns_path().to_owned()),
-            Self::Loopback { .. } => None,
-        }
-    }
-
-    fn sockets(&self) -> Sockets {
-        if let Self::Slot {
-            slot: Some(slot), ..
-        } = self
-            && let Ok(netns) = slot.netns().try_clone_to_owned()
-        {
-            return Arc::new(InNetns::new(netns));
-        }
-        Arc::new(CurrentNetns)
-    }
-
-    fn device(&self) -> Option<VmNet> {
-        let Self::Slot { net, .. } = self else {
-            return None;
-        };
-        Some(VmNet {
-            tap: Some(net.config().tap_name.as_str().to_owned()),
-            mac: Some(MacAddr(net.config().guest_mac.0)),
-            ..VmNet::default()
-        })
-    }
-
-    /// The stand-in is told where its guest listens if there is no tap.
-    fn instruct(&self, actor: &mut Actor) {
-        if let Self::Loopback { guest } = self {
-            actor
-                .spec
-                .args
-                .extend(["--sim".to_owned(), format!("envd=tcp:{guest}")]);
-        }
-    }
-}
-
-/// The directory of namespaces is a mount of its own, as `ip netns` makes it.
-fn unmount_namespaces(net: &HostNet) -> rustix::io::Result<()> {
-    rustix::mount::unmount(&net.config().netns_dir, UnmountFlags::DETACH)
 }
 
 /// What the demo has to say, unless a program is listening.
