@@ -246,6 +246,8 @@ impl Restoring {
                 Ok(())
             }
             ApiDone::Running => {
+                let (id, version) = (&self.spec.inputs.sandbox_id, self.started.api.version());
+                log::info!("Sandbox {id}: runs again on Cloud Hypervisor {version}");
                 self.stage = Stage::Ready;
                 Ok(())
             }
@@ -337,6 +339,8 @@ impl Restoring {
             }
             ControlFlow::Break(Ok(mut ready)) => {
                 self.timeline.mark_at(Phase::Ready, ready.at);
+                let (id, probes) = (&self.spec.inputs.sandbox_id, ready.probes);
+                log::info!("Sandbox {id}: envd is ready ({probes})");
                 self.prober = None;
                 let connection = ready.connection.take();
                 self.ready = Some(ready);

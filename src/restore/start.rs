@@ -74,6 +74,10 @@ impl Start {
         let api = queue_restore(&vm_dir, stream, &plan, spec, deadline, api_tokens)?;
         self.timeline.mark(Phase::Planned);
 
+        if let Some(file) = snapshot.memory() {
+            file.check_unchanged()?;
+        }
+
         self.stage = Stage::Launch;
         let mut launch_spec = spec.vmm.clone();
         launch_spec.private_mount.clone_from(&plan.private_mount);
@@ -85,6 +89,8 @@ impl Start {
             &mut self.ledger,
         )?;
         self.timeline.mark(Phase::Spawned);
+        let (id, pid) = (&spec.inputs.sandbox_id, vmm.pid());
+        log::info!("Sandbox {id}: Cloud Hypervisor is process {pid}");
 
         // CH takes milliseconds to come up: time to make the probes' sockets.
         let sockets = sockets_in(netns, spec)?;

@@ -18,9 +18,11 @@ use rewake::snapshot::SnapshotError;
 use rewake::timeline::Phase;
 use stage::{Frozen, Scene};
 
-/// How late a typed error may come after the death or the deadline that caused it. The issue's
-/// figure is 100 ms on a machine of one's own; tests run beside others.
-const PROMPT: Duration = Duration::from_millis(1000);
+/// How late a typed error may come after the death or the deadline that caused it, undoing
+/// included.
+const PROMPT: Duration = Duration::from_millis(100);
+/// Tests run beside others: an error that comes too late is given this many chances in all.
+const CHANCES: usize = 6;
 
 #[test]
 fn a_snapshot_goes_in_and_a_guest_that_remembers_comes_out() {
@@ -158,18 +160,28 @@ fn every_broken_phase_is_a_typed_error_in_time_with_nothing_left_behind() {
         broken("guest:reset-mid-body", Stage::Ready, Timeout),
         broken("guest:garbage", Stage::Ready, Timeout),
     ] {
-        let (error, took) = break_at(&frozen, &case);
+        let limit = match case.expected {
+            Timeout => DEADLINE + PROMPT,
+            // From the start: a stand-in is up within milliseconds, and its death is prompt.
+            Death | Refused => Duration::from_millis(500) + PROMPT,
+        };
+        let mut attempts = (0..CHANCES).map(|_| break_at(&frozen, &case));
+        let (mut error, mut took) = attempts.next().expect("a first attempt");
+        while took > limit {
+            let Some(again) = attempts.next() else { break };
+            (error, took) = again;
+        }
         let told = format!("{}: {error}: {:?}", case.fault, error.cause);
         assert_eq!(error.stage, case.stage, "{told}");
         match case.expected {
             Death => {
                 assert!(error.is_vmm_death(), "{told}");
-                assert!(took < Duration::from_secs(5), "{told}: {took:?}");
+                assert!(took <= limit, "{told}: {took:?} is too late");
             }
             Timeout => {
                 assert!(error.is_timeout(), "{told}");
                 assert!(took >= DEADLINE, "{told}: {took:?} is too early");
-                assert!(took < DEADLINE + PROMPT, "{told}: {took:?} is too late");
+                assert!(took <= limit, "{told}: {took:?} is too late");
             }
             Refused => {
                 assert!(!error.is_timeout() && !error.is_vmm_death(), "{told}");
@@ -179,10 +191,9 @@ fn every_broken_phase_is_a_typed_error_in_time_with_nothing_left_behind() {
     }
 }
 
-#[test]
-fn a_death_is_noticed_at_once_while_the_agent_is_awaited() {
-    let frozen = Frozen::make("death");
-    let scene = Scene::of(&frozen, &["guest:never"]);
+/// Kills the VMM while its guest is awaited; the time from the kill to the error.
+fn kill_while_awaited(frozen: &Frozen) -> Duration {
+    let scene = Scene::of(frozen, &["guest:never"]);
     let spec = scene.spec();
     let killer = std::thread::spawn({
         let scene = scene.clone();
@@ -201,8 +212,16 @@ fn a_death_is_noticed_at_once_while_the_agent_is_awaited() {
     let killed = killer.join().unwrap();
     assert!(error.is_vmm_death(), "{error:?}");
     assert!(error.to_string().contains("wait for envd"), "{error}");
-    assert!(ended - killed < PROMPT, "{:?}", ended - killed);
     scene.assert_nothing_left();
+    ended.saturating_duration_since(killed)
+}
+
+#[test]
+fn a_death_is_noticed_at_once_while_the_agent_is_awaited() {
+    let frozen = Frozen::make("death");
+    let late = (0..CHANCES).map(|_| kill_while_awaited(&frozen));
+    let best = late.take_while(|late| *late > PROMPT).count();
+    assert!(best < CHANCES, "never within {PROMPT:?}");
 }
 
 #[test]
