@@ -10,6 +10,8 @@ mod command;
 #[path = "disk/crash.rs"]
 mod crash;
 mod disklab;
+#[path = "disk/power_loss.rs"]
+mod power_loss;
 #[path = "disk/snapshot.rs"]
 mod snapshot;
 
