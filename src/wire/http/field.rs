@@ -85,16 +85,17 @@ pub(super) fn is_word<const N: usize>(text: &[u8], word: &[u8; N]) -> bool {
     const { assert!(N >= 8 && N <= 24) };
     // This bit alone tells letters of either case apart. It would also make a hyphen of CR.
     const CASE: u64 = u64::from_le_bytes([0x20; 8]);
-    let eight = |bytes: &[u8], at: usize| {
-        let eight = bytes[at..]
-            .first_chunk()
-            .map(|eight| u64::from_le_bytes(*eight));
-        eight.unwrap_or_default()
+    let Ok(text) = <&[u8; N]>::try_from(text) else {
+        return false;
     };
-    text.len() == N
-        && [0, N / 2 - 4, N - 8]
-            .into_iter()
-            .all(|at| eight(text, at) | CASE == eight(word, at))
+    let differs = |at: usize| {
+        let eight = |bytes: &[u8; N]| {
+            let eight = bytes[at..].first_chunk();
+            eight.map_or(0, |eight| u64::from_le_bytes(*eight))
+        };
+        (eight(text) | CASE) ^ eight(word)
+    };
+    differs(0) | differs(N / 2 - 4) | differs(N - 8) == 0
 }
 
 /// Inside a reason phrase or value: tab, space, visible ASCII, and any byte from 0x80.
@@ -111,14 +112,14 @@ pub(super) fn text(bytes: &[u8]) -> &[u8] {
     const ONES: u64 = u64::from_le_bytes([1; 8]);
     const HIGHS: u64 = ONES << 7;
     let mut rest = bytes;
-    // Eight bytes at a time. Subtraction marks the high bit of every byte that was too small;
-    // a borrow can only mark bytes behind the first one that is marked rightly.
+    // Eight bytes at a time. Without its high bit no byte overflows into the next one, and
+    // the sums set the high bit of what is at least a space, and of what is DEL.
     while let Some((eight, behind)) = rest.split_first_chunk::<8>() {
         let word = u64::from_le_bytes(*eight);
-        let below_space = word.wrapping_sub(ONES * 0x20) & !word;
-        let del = word ^ (ONES * 0x7f);
-        let is_del = del.wrapping_sub(ONES) & !del;
-        let marked = (below_space | is_del) & HIGHS;
+        let low = word & !HIGHS;
+        let from_space = low + ONES * (0x80 - 0x20);
+        let del = low + ONES;
+        let marked = (!from_space | del) & !word & HIGHS;
         if marked == 0 {
             rest = behind;
             continue;
@@ -135,8 +136,18 @@ pub(super) fn text(bytes: &[u8]) -> &[u8] {
 
 /// Length of the longest token at the front.
 pub(super) fn token(bytes: &[u8]) -> usize {
-    let end = bytes.iter().position(|b| !is_token(*b));
-    end.unwrap_or(bytes.len())
+    let mut rest = bytes;
+    // A loop of known length is unrolled, and names are short.
+    while let Some((eight, behind)) = rest.split_first_chunk::<8>() {
+        for (at, byte) in eight.iter().enumerate() {
+            if !is_token(*byte) {
+                return bytes.len() - rest.len() + at;
+            }
+        }
+        rest = behind;
+    }
+    let tail = rest.iter().take_while(|b| is_token(**b)).count();
+    bytes.len() - rest.len() + tail
 }
 
 /// A value without the white space around it.
@@ -205,5 +216,40 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_token_ends_at_the_first_other_byte_wherever_it_stands() {
+        for length in 0..24 {
+            for at in 0..=length {
+                for byte in 0..=u8::MAX {
+                    let mut bytes = vec![b'a'; length];
+                    bytes.insert(at, byte);
+                    let plain = bytes.iter().take_while(|b| is_token(**b)).count();
+                    assert_eq!(token(&bytes), plain, "{bytes:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn words_are_the_same_but_for_case_and_nothing_else() {
+        fn check<const N: usize>(word: &[u8; N]) {
+            assert!(is_word(&word.to_ascii_uppercase(), word));
+            assert!(!is_word(&word[1..], word));
+            assert!(!is_word(&[&word[..], b"x"].concat(), word));
+            for at in 0..N {
+                for byte in (0..=u8::MAX).filter(|byte| !is_control(*byte)) {
+                    let mut text = *word;
+                    text[at] = byte;
+                    let same = text.eq_ignore_ascii_case(word);
+                    assert_eq!(is_word(&text, word), same, "{text:?}");
+                }
+            }
+        }
+        check(b"connection");
+        check(b"keep-alive");
+        check(b"content-length");
+        check(b"transfer-encoding");
     }
 }
