@@ -271,12 +271,12 @@ impl Exchange {
     /// Has the poll tell what is now missing: bytes of the answer, or room for the request.
     /// Only now, as a request that fits is sent without any help of the poll.
     fn watch(&mut self, registry: &Registry) -> Result<(), ConnError> {
-        let phase = self.phase();
+        let (phase, writable) = (self.phase(), !self.is_sent());
         let State::Open(stream) = &mut self.state else {
             return Ok(());
         };
         stream
-            .watch(registry, self.token, phase == Phase::Sending)
+            .watch(registry, self.token, writable)
             .map_err(|errno| ConnError::io("epoll_ctl", phase, errno))
     }
 
