@@ -17,6 +17,7 @@ impl HostNet {
         let mut findings = vec![self.examine_forwarding(), self.examine_uplink(deadline)];
         findings.extend(self.examine_routes(deadline));
         findings.extend(self.examine_filters(deadline));
+        findings.extend(self.examine_legacy_filter());
         findings.extend(self.examine_foreign(deadline));
         findings
     }
@@ -168,6 +169,14 @@ impl HostNet {
         }
     }
 
+    /// Chains of the legacy `iptables` are not visible over nfnetlink; that its filter table
+    /// is in use is (net/ipv4/netfilter/ip_tables.c, `ip_tables_names`).
+    fn examine_legacy_filter(&self) -> Option<Finding> {
+        const TABLES: &str = "/proc/thread-self/net/ip_tables_names";
+        let tables = self.inside_host(|| std::fs::read_to_string(TABLES));
+        legacy_filter(&tables.ok()?.ok()?)
+    }
+
     fn examine_foreign(&self, deadline: Deadline) -> Vec<Finding> {
         const NAME: &str = "unknown slots";
         match self.foreign(deadline) {
@@ -191,4 +200,30 @@ fn unknown(name: &'static str, error: &NetError) -> Finding {
         source = cause.source();
     }
     Finding::bad(name, Status::Degraded, detail, "run as root")
+}
+
+fn legacy_filter(tables: &str) -> Option<Finding> {
+    tables.lines().any(|table| table == "filter").then(|| {
+        Finding::bad(
+            "legacy packet filter",
+            Status::Degraded,
+            "iptables-legacy has a filter table, whose chains cannot be seen from here",
+            "look at iptables-legacy -S FORWARD: where it drops, accept the slots there, or \
+             move to iptables-nft",
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_legacy_filter_table_is_pointed_out() {
+        assert_eq!(legacy_filter(""), None);
+        assert_eq!(legacy_filter("nat\nmangle\n"), None);
+        let finding = legacy_filter("nat\nfilter\n").unwrap();
+        assert_eq!(finding.status, Status::Degraded);
+        assert!(finding.remedy.contains("iptables-legacy -S FORWARD"));
+    }
 }
