@@ -34,6 +34,8 @@ END {
         key = order[i]
         split(key, part, SUBSEP)
         total[result[key]]++
+        if (result[key] == "passed" && remark[key] ~ /only when run again/)
+            shaky = shaky sprintf("  %s %s (%s)\n", part[1], part[2], where[key])
         if (result[key] == "failed")
             failures = failures sprintf("  %s %s (%s)%s\n", part[1], part[2], where[key], remark[key] == "" ? "" : ": " remark[key])
         if (result[key] == "skipped") {
@@ -53,6 +55,7 @@ END {
     print "  envd (the agent of the stand-in, never the original)"
     if (kinds) print "Skipped:"
     for (i = 0; i < kinds; i++) printf "  %s\n%s", reasons[i], skips[reasons[i]]
+    if (shaky != "") printf "Failed beside others, passed when run again alone:\n%s", shaky
     if (failures != "") printf "Failed:\n%s", failures
     printf "\n%d passed, %d failed, %d skipped\n", total["passed"], total["failed"], total["skipped"]
     exit total["failed"] > 0
