@@ -74,7 +74,7 @@ pub enum DiskError {
         /// Whether the kernel was told to remove it when it is closed.
         deferred: bool,
     },
-    /// This operation is for disks of another kind, or for an attached one.
+    /// The disk's device is gone: it was removed behind our back, or never attached.
     #[error("Disk {id} is not attached")]
     Detached {
         /// The disk.
