@@ -95,6 +95,8 @@ fn vm_two_hundred_disks_share_three_images() {
         assert!(found[0].contains(" 1 1 "), "{found:?}");
     }
     assert_eq!(loops.len(), DISKS + 3);
+    let named = loops.iter().filter(|line| line.ends_with(".cow")).count();
+    assert_eq!(named, DISKS, "stores show their names: {loops:?}");
     let pool = lab.open(Faults::NONE);
     for (i, disk) in &disks {
         let at = usize::try_from(9 * BLOCK).unwrap();

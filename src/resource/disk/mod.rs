@@ -48,7 +48,7 @@ use crate::units::Bytes;
 use dm_snapshot::Mapping;
 use error::call;
 use file::Unnamed;
-use record::{Base, Held};
+use record::{Base, Lock};
 
 pub use error::{DiskError, DiskFailure, DiskLeftover};
 pub use file::Progress;
@@ -136,7 +136,7 @@ pub struct Disk {
     mapping: Option<Mapping>,
     steps: Vec<DiskStep>,
     /// The record's file, locked.
-    lock: File,
+    lock: Lock,
 }
 
 impl Disk {
@@ -266,9 +266,8 @@ impl DiskPool {
         let outcome = (|| {
             let dir = absolute(dir)?;
             let held = DiskRecord::read(id, &dir, &self.faults)?;
-            held.lock(id, &self.faults)?;
             kind = Some(held.record.kind);
-            let Held { record, file, .. } = held;
+            let (record, lock) = held.lock(id, &self.faults)?;
             let base = Base::open(&record.base.path, &self.faults)?;
             base.expect(&record.base)?;
             let path = record.store(id, &dir);
@@ -277,7 +276,7 @@ impl DiskPool {
                 dm_snapshot::check_store(&store, &path, record.store_bytes)?;
             }
             self.attached(id, &dir, record, &base, &store, &mut steps, deadline)
-                .map(|attached| attached.locked(file))
+                .map(|attached| attached.locked(lock))
         })();
         let mut disk = self.settle(id, kind, outcome, steps)?;
         match self.stored_steps(&disk) {
@@ -369,7 +368,7 @@ impl DiskPool {
         dir: &Path,
         kind: DiskKind,
         steps: &mut Vec<DiskStep>,
-    ) -> Result<(DiskRecord, File), DiskError> {
+    ) -> Result<(DiskRecord, Lock), DiskError> {
         let store = match kind {
             DiskKind::DmSnapshot => self
                 .config
@@ -387,7 +386,7 @@ impl DiskPool {
         record.write(&unnamed.file, &self.faults)?;
         record::lock(&unnamed.file, id, &self.faults)?;
         steps.push(unnamed.step.clone());
-        let lock = unnamed.publish(&self.faults)?;
+        let lock = Lock(unnamed.publish(&self.faults)?);
         Ok((record, lock))
     }
 
@@ -427,7 +426,13 @@ impl DiskPool {
         let after = Base::open(&base.identity.path, &self.faults)?;
         after.expect(&base.identity)?;
         steps.push(unnamed.step.clone());
-        unnamed.publish(&self.faults)
+        let made = unnamed.publish(&self.faults)?;
+        // Opened again by its name: `losetup` shows the name under which a file was opened.
+        let store = file::open(&path, true, &self.faults)?;
+        if dm_snapshot::uuid(&store, &path)? != dm_snapshot::uuid(&made, &path)? {
+            return Err(DiskError::unusable(&path, "it was replaced at once"));
+        }
+        Ok(store)
     }
 
     /// Makes a store usable for a VM.
@@ -470,7 +475,7 @@ struct Attached {
 }
 
 impl Attached {
-    fn locked(self, lock: File) -> Disk {
+    fn locked(self, lock: Lock) -> Disk {
         Disk {
             id: self.id,
             dir: self.dir,

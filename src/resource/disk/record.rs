@@ -165,16 +165,33 @@ pub(super) struct Held {
 }
 
 impl Held {
-    /// Takes the disk for this open file, until it is closed. Does not wait.
-    pub(super) fn lock(&self, id: &SandboxId, faults: &Faults) -> Result<(), DiskError> {
+    /// Takes the disk, until the lock is dropped. Does not wait.
+    pub(super) fn lock(
+        self,
+        id: &SandboxId,
+        faults: &Faults,
+    ) -> Result<(DiskRecord, Lock), DiskError> {
         lock(&self.file, id, faults)?;
+        let lock = Lock(self.file);
         // The record may have been removed between opening and locking it.
         let named = std::fs::metadata(&self.path).ok();
-        let ours = file::metadata(&self.file, &self.path)?;
+        let ours = file::metadata(&lock.0, &self.path)?;
         if named.is_none_or(|it| it.ino() != ours.ino()) {
             return Err(DiskError::Held { id: id.clone() });
         }
-        Ok(())
+        Ok((self.record, lock))
+    }
+}
+
+/// A record's file, locked. Unlocked by hand in the end: closing it is not enough while a
+/// process that was just forked has a copy of the descriptor.
+#[derive(Debug)]
+pub(super) struct Lock(pub(super) File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Nothing can be done about an error, and closing unlocks as well.
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
     }
 }
 

@@ -55,19 +55,21 @@ impl DiskPool {
     ) -> Result<(), DiskFailure> {
         let found = super::absolute(dir).and_then(|dir| {
             let held = DiskRecord::read(id, &dir, &self.faults)?;
-            held.lock(id, &self.faults)?;
-            let mut steps = self.files(id, &dir, &held.record)?;
-            steps.extend(self.mapping_step(id, &dir, &held.record)?);
-            let store = held.record.store(id, &dir);
-            Ok((held, steps, store))
+            let (record, lock) = held.lock(id, &self.faults)?;
+            let mut steps = self.files(id, &dir, &record)?;
+            steps.extend(self.mapping_step(id, &dir, &record)?);
+            let store = record.store(id, &dir);
+            Ok((record.kind, lock, steps, store))
         });
-        let (held, steps, store) = found.map_err(|source| DiskFailure {
+        let (kind, lock, steps, store) = found.map_err(|source| DiskFailure {
             id: id.clone(),
             kind: None,
             source,
             leftovers: Vec::new(),
         })?;
-        self.remove_steps(id, held.record.kind, steps, keep_store, &store, deadline)
+        let outcome = self.remove_steps(id, kind, steps, keep_store, &store, deadline);
+        drop(lock);
+        outcome
     }
 
     fn remove_steps(
