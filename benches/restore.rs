@@ -47,35 +47,72 @@ fn main() {
 
     for mode in [MemoryMode::OnDemand, MemoryMode::Copy] {
         let mut minimal = Samples::default();
-        let mut ours = Samples::default();
-        let mut ours_from_spawn = Samples::default();
-        let mut ready = Samples::default();
+        let mut variants = [
+            Variant::new("with events", false),
+            Variant::new("no events", true),
+        ];
         for round in 0..rounds {
             minimal.push(minimal_loop(&lab, &template, mode, round));
-            let restored = restore(&spec(&lab, &template, mode), soon()).expect("a running VM");
-            assert_eq!(
-                lab.probe()["nonce"],
-                nonce,
-                "another guest than the template's"
-            );
-            let at = |phase| {
-                restored
-                    .timeline
-                    .at(phase)
-                    .expect("a phase that was passed")
-            };
-            ours.push(at(Phase::ApiAccepted));
-            ours_from_spawn.push(at(Phase::ApiAccepted) - at(Phase::Planned));
-            ready.push(at(Phase::Ready));
-            assert!(restored.destroy(soon()).is_empty());
+            for variant in &mut variants {
+                let mut spec = spec(&lab, &template, mode);
+                spec.vmm.without_events = variant.without_events;
+                let restored = restore(&spec, soon()).expect("a running VM");
+                assert_eq!(
+                    lab.probe()["nonce"],
+                    nonce,
+                    "another guest than the template's"
+                );
+                let at = |phase| {
+                    restored
+                        .timeline
+                        .at(phase)
+                        .expect("a phase that was passed")
+                };
+                let answer = at(Phase::ApiAccepted);
+                variant.from_template.push(answer);
+                variant.from_spawn.push(answer - at(Phase::Planned));
+                variant.ready.push(at(Phase::Ready));
+                assert!(restored.destroy(soon()).is_empty());
+            }
         }
         println!("{}:", mode.name());
         minimal.print("minimal loop, spawn to answer");
-        ours_from_spawn.print("rewake, spawn to answer");
-        ours.print("rewake, template to answer");
-        ready.print("rewake, template to envd ready");
-        let more = ours.median().as_secs_f64() - minimal.median().as_secs_f64();
-        println!("rewake minus minimal, medians: {:.3} ms", more * 1e3);
+        for variant in &variants {
+            variant.print(&minimal);
+        }
+    }
+}
+
+/// One way in which rewake restores, and what it took.
+struct Variant {
+    name: &'static str,
+    without_events: bool,
+    from_spawn: Samples,
+    from_template: Samples,
+    ready: Samples,
+}
+
+impl Variant {
+    fn new(name: &'static str, without_events: bool) -> Self {
+        Self {
+            name,
+            without_events,
+            from_spawn: Samples::default(),
+            from_template: Samples::default(),
+            ready: Samples::default(),
+        }
+    }
+
+    fn print(&self, minimal: &Samples) {
+        println!("rewake, {}:", self.name);
+        self.from_spawn.print("  spawn to answer");
+        self.from_template.print("  template to answer");
+        self.ready.print("  template to envd ready");
+        let more = self.from_spawn.median().as_secs_f64() - minimal.median().as_secs_f64();
+        println!(
+            "  spawn to answer minus the minimal loop, medians: {:.3} ms",
+            more * 1e3
+        );
     }
 }
 

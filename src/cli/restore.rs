@@ -71,6 +71,9 @@ pub(super) struct VmmArgs {
     /// The cloud-hypervisor binary [default: looked up on PATH]
     #[arg(long, value_name = "PATH")]
     pub(super) vmm: Option<PathBuf>,
+    /// Start it without its event monitor: a little faster, with fewer phases in the timeline
+    #[arg(long)]
+    no_events: bool,
     /// A further argument for it; may be repeated
     #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
     vmm_arg: Vec<String>,
@@ -103,6 +106,7 @@ impl VmmArgs {
         Ok(LaunchSpec {
             program,
             args: self.vmm_arg.clone(),
+            without_events: self.no_events,
             ..LaunchSpec::default()
         })
     }

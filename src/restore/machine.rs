@@ -95,7 +95,8 @@ impl Restoring {
                 started,
                 vmm: Some(vmm),
                 events: EventParser::new(),
-                guest_may_hear: false,
+                // Without events nobody says when; a probe that is lost costs little.
+                guest_may_hear: spec.vmm.without_events,
                 prober: None,
                 ready: None,
                 init: Init::Waiting,

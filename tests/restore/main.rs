@@ -68,6 +68,21 @@ fn a_snapshot_goes_in_and_a_guest_that_remembers_comes_out() {
 }
 
 #[test]
+fn a_vm_without_an_event_monitor_is_found_ready_all_the_same() {
+    let frozen = Frozen::make("no-events");
+    let scene = Scene::of(&frozen, &[]);
+    let mut spec = scene.spec();
+    spec.vmm.without_events = true;
+    let restored = restore(&spec, Deadline::after(Duration::from_secs(20))).unwrap();
+    assert!(restored.timeline.at(Phase::Ready).is_some());
+    for unknown in [Phase::Restoring, Phase::Restored, Phase::Resumed] {
+        assert_eq!(restored.timeline.at(unknown), None, "{unknown:?}");
+    }
+    assert!(restored.destroy(Deadline::NEVER).is_empty());
+    scene.assert_nothing_left();
+}
+
+#[test]
 fn dropping_a_restored_vm_destroys_it_and_handing_it_over_does_not() {
     let frozen = Frozen::make("drop");
     let scene = Scene::of(&frozen, &[]);
