@@ -4,6 +4,7 @@
 mod place;
 
 use std::fs;
+use std::io::{self, Write as _};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -384,17 +385,16 @@ impl Tale {
         Self { quiet: global.json }
     }
 
+    /// Whoever stops listening does not stop the story: everything must be gone at its end.
     fn say(&self, text: &str) {
         if !self.quiet {
-            println!("{text}");
+            let _ = writeln!(io::stdout(), "{text}");
         }
     }
 
     fn show(&self, restored: &Restored) {
-        if !self.quiet {
-            for line in restored.timeline.to_string().lines() {
-                println!("     {line}");
-            }
+        for line in restored.timeline.to_string().lines() {
+            self.say(&format!("     {line}"));
         }
     }
 }
