@@ -36,6 +36,8 @@ const STATUS_TABLE: u32 = 1 << 4;
 const ACTIVE_PRESENT: u32 = 1 << 5;
 const BUFFER_FULL: u32 = 1 << 8;
 const NOFLUSH: u32 = 1 << 11;
+/// Asks a list for uuids, too (`DM_UUID_FLAG`, since Linux 5.11).
+const WITH_UUID: u32 = 1 << 14;
 const DEFERRED_REMOVE: u32 = 1 << 17;
 
 /// `struct dm_ioctl`.
@@ -224,7 +226,9 @@ impl Control {
     #[doc(alias = "DM_LIST_DEVICES")]
     pub fn list(&self) -> Result<Vec<Listed>, CallError> {
         let call = Command::ListDevices;
-        let answer = self.call(call, &Request::new(None)?)?;
+        let mut request = Request::new(None)?;
+        request.header.flags = WITH_UUID;
+        let answer = self.call(call, &request)?;
         parse_list(answer.data(call)?).ok_or_else(|| garbled(call))
     }
 
