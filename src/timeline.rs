@@ -10,12 +10,18 @@ use serde::Serialize;
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Phase {
+    /// The network slot stood.
+    SlotAcquired,
+    /// The disk stood.
+    DiskAcquired,
     /// The snapshot directory was opened, bounded and checked.
     SnapshotChecked,
     /// The plan stood, and the rewritten snapshot lay in the run directory.
     Planned,
     /// CH's process existed (`exec` had succeeded).
     Spawned,
+    /// What must be on record before the vCPUs run was.
+    GatePassed,
     /// CH had begun to restore: the first device event, or the restore's own.
     Restoring,
     /// CH reported the VM as restored, vCPUs still parked.
@@ -34,6 +40,26 @@ pub enum Phase {
     InitDone,
     /// The balloon was told to deflate.
     BalloonDone,
+    /// All of the guest's memory was known to be there.
+    Materialised,
+    /// The agent had prepared the guest for a snapshot, or could not.
+    GuestPrepared,
+    /// The vCPUs stood still.
+    VcpusPaused,
+    /// CH had written its snapshot.
+    SnapshotWritten,
+    /// The snapshot was complete and checked, and on the disk where that was asked for.
+    SnapshotSealed,
+    /// The disk was copied for a template.
+    DiskFlattened,
+    /// The snapshot was in its place: from here on it counts.
+    Committed,
+    /// The vCPUs ran on.
+    VcpusResumed,
+    /// CH was gone.
+    VmmGone,
+    /// Everything that the operation had to undo was.
+    Undone,
 }
 
 impl Phase {
@@ -41,9 +67,12 @@ impl Phase {
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
+            Self::SlotAcquired => "slot_acquired",
+            Self::DiskAcquired => "disk_acquired",
             Self::SnapshotChecked => "snapshot_checked",
             Self::Planned => "planned",
             Self::Spawned => "spawned",
+            Self::GatePassed => "gate_passed",
             Self::Restoring => "restoring",
             Self::Restored => "restored",
             Self::Resumed => "resumed",
@@ -53,6 +82,16 @@ impl Phase {
             Self::Ready => "ready",
             Self::InitDone => "init_done",
             Self::BalloonDone => "balloon_done",
+            Self::Materialised => "materialised",
+            Self::GuestPrepared => "guest_prepared",
+            Self::VcpusPaused => "vcpus_paused",
+            Self::SnapshotWritten => "snapshot_written",
+            Self::SnapshotSealed => "snapshot_sealed",
+            Self::DiskFlattened => "disk_flattened",
+            Self::Committed => "committed",
+            Self::VcpusResumed => "vcpus_resumed",
+            Self::VmmGone => "vmm_gone",
+            Self::Undone => "undone",
         }
     }
 }

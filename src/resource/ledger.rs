@@ -9,6 +9,7 @@
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rewake_sys::CallError;
@@ -180,6 +181,20 @@ impl fmt::Display for Leftover {
     }
 }
 
+/// Where a ledger's steps are written down, so that they outlive the process.
+pub trait StepLog: Send + Sync + fmt::Debug {
+    /// Called before the thing exists, or right after it where only the call says what it
+    /// made.
+    ///
+    /// # Errors
+    /// Where the step cannot be written down; then the thing must not be made.
+    fn made(&self, step: &Step) -> io::Result<()>;
+
+    /// Called when the thing is proven gone. A step that stays on record though it is gone
+    /// does no harm, so this cannot fail.
+    fn undone(&self, step: &Step);
+}
+
 /// The steps of one operation or one sandbox, undone last first.
 ///
 /// A ledger that is dropped undoes what it still holds and logs what it could not; callers
@@ -188,25 +203,64 @@ impl fmt::Display for Leftover {
 #[must_use = "a dropped ledger undoes everything in it"]
 pub struct Ledger {
     steps: Vec<Step>,
+    log: Option<Arc<dyn StepLog>>,
+    log_error: Option<io::Error>,
 }
 
 impl Ledger {
     /// An empty ledger.
     pub const fn new() -> Self {
-        Self { steps: Vec::new() }
+        Self {
+            steps: Vec::new(),
+            log: None,
+            log_error: None,
+        }
+    }
+
+    /// An empty ledger whose steps are written down.
+    pub const fn logged(log: Arc<dyn StepLog>) -> Self {
+        Self {
+            steps: Vec::new(),
+            log: Some(log),
+            log_error: None,
+        }
     }
 
     /// Adds a step, before the call that makes the thing, or at the latest right after it
     /// where only the call says what it made.
+    ///
+    /// Where the ledger is written down and that fails, [`Ledger::check`] says so: to be
+    /// asked before the thing is made.
     pub fn push(&mut self, step: Step) {
+        if let Some(log) = &self.log
+            && let Err(error) = log.made(&step)
+        {
+            self.log_error.get_or_insert(error);
+        }
         self.steps.push(step);
+    }
+
+    /// Whether every step so far was written down.
+    ///
+    /// # Errors
+    /// The first failure since the last time that this was asked.
+    pub fn check(&mut self) -> io::Result<()> {
+        self.log_error.take().map_or(Ok(()), Err)
     }
 
     /// Forgets a step whose call is known to have made nothing.
     pub fn forget(&mut self, step: &Step) {
         if let Some(at) = self.steps.iter().rposition(|s| s == step) {
             self.steps.remove(at);
+            if let Some(log) = &self.log {
+                log.undone(step);
+            }
         }
+    }
+
+    /// Takes over steps that are written down already.
+    pub fn adopt(&mut self, steps: impl IntoIterator<Item = Step>) {
+        self.steps.extend(steps);
     }
 
     /// What stands to be undone, oldest first.
@@ -226,11 +280,27 @@ impl Ledger {
     /// A step that fails does not keep the others from being undone. Steps that failed stay
     /// in the ledger, so that another call tries them again.
     pub fn unwind(&mut self, deadline: Deadline) -> Vec<Leftover> {
+        self.unwind_with(|step| step.undo(deadline))
+    }
+
+    /// [`Ledger::unwind`] by way of `undo`, for steps that must be undone somewhere else:
+    /// links in another network namespace than the calling thread's.
+    pub fn unwind_with(
+        &mut self,
+        mut undo: impl FnMut(&Step) -> Result<(), UndoError>,
+    ) -> Vec<Leftover> {
         let mut leftovers = Vec::new();
         for step in std::mem::take(&mut self.steps).into_iter().rev() {
-            if let Err(error) = step.undo(deadline) {
-                self.steps.insert(0, step.clone());
-                leftovers.push(Leftover { step, error });
+            match undo(&step) {
+                Ok(()) => {
+                    if let Some(log) = &self.log {
+                        log.undone(&step);
+                    }
+                }
+                Err(error) => {
+                    self.steps.insert(0, step.clone());
+                    leftovers.push(Leftover { step, error });
+                }
             }
         }
         leftovers
@@ -248,7 +318,9 @@ impl Drop for Ledger {
 
 impl From<Vec<Step>> for Ledger {
     fn from(steps: Vec<Step>) -> Self {
-        Self { steps }
+        let mut ledger = Self::new();
+        ledger.adopt(steps);
+        ledger
     }
 }
 

@@ -28,6 +28,8 @@ pub enum Stage {
     Prepare,
     /// Starting CH.
     Launch,
+    /// What must happen before the vCPUs may run.
+    Gate,
     /// CH restoring the VM.
     Restore,
     /// CH letting the vCPUs run.
@@ -47,6 +49,7 @@ impl Stage {
             Self::Plan => "plan",
             Self::Prepare => "prepare",
             Self::Launch => "launch",
+            Self::Gate => "commit",
             Self::Restore => "restore",
             Self::Resume => "resume",
             Self::Ready => "wait for envd",
@@ -105,6 +108,12 @@ pub enum Cause {
     /// envd did not take `/init`.
     #[error(transparent)]
     Init(ClientError),
+    /// A step could not be written down, so what it undoes was not made.
+    #[error("Cannot write down what is to be undone")]
+    Log(#[source] io::Error),
+    /// What must happen before the vCPUs may run did not.
+    #[error("The VM must not run yet")]
+    Gate(#[source] io::Error),
     /// The event loop failed.
     #[error("Cannot wait for events")]
     Poll(#[source] io::Error),

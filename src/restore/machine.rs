@@ -82,7 +82,7 @@ impl Restoring {
         tokens: TokenRange,
     ) -> Result<Self, RestoreError> {
         assert!(tokens.len() >= Self::TOKENS, "too few event tokens");
-        let mut start = Start::new();
+        let mut start = Start::new(spec);
         let api_tokens = TokenRange::new(tokens.token(API).0, 1);
         match start.run(spec, deadline, api_tokens) {
             Ok((started, vmm)) => Ok(Self {

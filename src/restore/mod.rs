@@ -13,8 +13,11 @@ mod machine;
 mod start;
 mod vm_dir;
 
+use std::fmt;
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mio::Poll;
@@ -31,7 +34,7 @@ use crate::envd::init::Init;
 use crate::envd::socket::Sockets;
 use crate::ids::SandboxId;
 use crate::plan::{MemoryMode, RestoreInputs};
-use crate::resource::ledger::{Ledger, Leftover, Step};
+use crate::resource::ledger::{Ledger, Leftover, Step, StepLog};
 use crate::snapshot::SnapshotLimits;
 use crate::timeline::Timeline;
 use crate::units::Bytes;
@@ -62,6 +65,23 @@ pub struct RestoreSpec {
     pub init: Option<Init>,
     /// How long each part may take.
     pub budgets: Budgets,
+    /// Where the steps that undo it are written down, before each thing exists.
+    pub log: Option<Arc<dyn StepLog>>,
+    /// What must have happened before the vCPUs may run. It is called while CH starts.
+    pub gate: Option<Gate>,
+    /// The operation that this restore is a part of; absent: it begins now.
+    pub timeline: Option<Timeline>,
+}
+
+/// A last word before the vCPUs may run: called once, after CH was started and before it is
+/// told to restore, so that it costs nothing while CH comes up. An error ends the restore.
+#[derive(Clone)]
+pub struct Gate(pub Arc<dyn Fn() -> io::Result<()> + Send + Sync>);
+
+impl fmt::Debug for Gate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Gate")
+    }
 }
 
 impl RestoreSpec {
@@ -81,6 +101,9 @@ impl RestoreSpec {
             snapshot_limits: SnapshotLimits::default(),
             init: None,
             budgets: Budgets::default(),
+            log: None,
+            gate: None,
+            timeline: None,
         }
     }
 }

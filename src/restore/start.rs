@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use rewake_sys::netns;
 
-use super::RestoreSpec;
 use super::api::ApiSide;
 use super::error::{Cause, Stage};
 use super::vm_dir::VmDir;
+use super::{Gate, RestoreSpec};
 use crate::deadline::Deadline;
 use crate::envd::ready::Prober;
 use crate::envd::socket::{CurrentNetns, InNetns, Sockets};
@@ -17,6 +17,7 @@ use crate::plan::{self, MemoryMode, Plan};
 use crate::resource::ledger::Ledger;
 use crate::snapshot::{RunDir, RunFiles, SnapshotDir};
 use crate::timeline::{Phase, Timeline};
+use crate::vmm;
 use crate::vmm::api::{MemoryRestoreMode, RestoreConfig, file_url};
 use crate::vmm::launch::{self, ApiSocket, FIRST_INHERITED, Vmm};
 use crate::wire::conn::Stream;
@@ -38,11 +39,11 @@ pub(super) struct Started {
 }
 
 impl Start {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(spec: &RestoreSpec) -> Self {
         Self {
             stage: Stage::Check,
-            timeline: Timeline::start(),
-            ledger: Ledger::new(),
+            timeline: spec.timeline.clone().unwrap_or_else(Timeline::start),
+            ledger: spec.log.clone().map_or_else(Ledger::new, Ledger::logged),
         }
     }
 
@@ -69,6 +70,7 @@ impl Start {
                 path: vm_dir.path().to_owned(),
                 source,
             })?;
+        self.ledger.check().map_err(Cause::Log)?;
         let memory = write_snapshot(&vm_dir, &plan, &snapshot)?;
         let (socket, stream) = ApiSocket::bind(&vm_dir.api_socket())?;
         let api = queue_restore(&vm_dir, stream, &plan, spec, deadline, api_tokens)?;
@@ -81,6 +83,7 @@ impl Start {
         self.stage = Stage::Launch;
         let mut launch_spec = spec.vmm.clone();
         launch_spec.private_mount.clone_from(&plan.private_mount);
+        launch_spec.env.push(vmm::orphan::mark(vm_dir.path()));
         let vmm = launch::launch(
             &launch_spec,
             socket,
@@ -91,6 +94,13 @@ impl Start {
         self.timeline.mark(Phase::Spawned);
         let (id, pid) = (&spec.inputs.sandbox_id, vmm.pid());
         log::info!("Sandbox {id}: Cloud Hypervisor is process {pid}");
+        // The vCPUs run only after this was written down: the request is sent by the machine.
+        self.ledger.check().map_err(Cause::Log)?;
+        if let Some(Gate(gate)) = &spec.gate {
+            self.stage = Stage::Gate;
+            gate().map_err(Cause::Gate)?;
+            self.timeline.mark(Phase::GatePassed);
+        }
 
         // CH takes milliseconds to come up: time to make the probes' sockets.
         let sockets = sockets_in(netns, spec)?;

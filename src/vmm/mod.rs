@@ -4,3 +4,4 @@ pub mod api;
 pub mod events;
 pub mod launch;
 pub mod log;
+pub mod orphan;

@@ -93,6 +93,25 @@ impl Slot {
         self.lease.set_vmm(vmm)
     }
 
+    /// Whether its namespace is the one on record.
+    fn is_recorded(&self) -> Result<(), NetError> {
+        let pin = self.steps.iter().find_map(|step| match step {
+            NetStep::Netns { device, inode, .. } => Some((*device, *inode)),
+            _ => None,
+        });
+        let found = netns::identity(self.netns.as_fd()).map_err(|source| NetError::Call {
+            step: "identify the namespace".to_owned(),
+            source,
+        })?;
+        if pin == Some(found) {
+            return Ok(());
+        }
+        Err(NetError::Damaged {
+            index: self.index(),
+            what: "another namespace is pinned".to_owned(),
+        })
+    }
+
     /// Opens non-blocking TCP sockets inside the namespace; they can be connected to the
     /// guest from anywhere. Starts a thread.
     ///
@@ -143,7 +162,60 @@ impl HostNet {
     ///
     /// # Errors
     /// [`SlotFailure`]; the index has been freed unless there are leftovers.
-    pub fn build(&self, mut lease: SlotLease, deadline: Deadline) -> Result<Slot, SlotFailure> {
+    pub fn build(&self, lease: SlotLease, deadline: Deadline) -> Result<Slot, SlotFailure> {
+        self.raise(lease, deadline).map_err(|failed| {
+            let (lease, failure) = *failed;
+            if failure.leftovers.is_empty()
+                && let Err(held) = lease.release()
+            {
+                log::warn!("Slot {} stays out of use: {}", failure.index, held.error);
+            }
+            failure
+        })
+    }
+
+    /// Takes up a slot that was kept, as it stands; or removes what is left of it and builds
+    /// it anew: after a restart of the machine, for one. The index stays with its owner
+    /// whatever happens.
+    ///
+    /// # Errors
+    /// [`SlotFailure`]; the index has been parked again.
+    pub fn revive(&self, lease: SlotLease, deadline: Deadline) -> Result<Slot, SlotFailure> {
+        let (lease, why) = match self.reopen(lease, deadline) {
+            Ok(slot) => return Ok(slot),
+            Err(other) => *other,
+        };
+        let index = lease.index();
+        log::info!("Slot {index} is built anew: {why}");
+        let record = lease.record();
+        let mut steps = record.map_or_else(Vec::new, |record| record.steps.clone());
+        let mut leftovers = self.unwind(&mut steps, deadline);
+        let (lease, failure) = if leftovers.is_empty() {
+            match self.raise(lease, deadline) {
+                Ok(slot) => return Ok(slot),
+                Err(failed) => *failed,
+            }
+        } else {
+            let source = leftovers.remove(0).error;
+            let failure = SlotFailure {
+                index,
+                source,
+                leftovers,
+            };
+            (lease, failure)
+        };
+        if let Err(error) = lease.park() {
+            log::warn!("Slot {index} is not marked as kept: {error}");
+        }
+        Err(failure)
+    }
+
+    /// Builds a slot; the lease comes back where that fails.
+    fn raise(
+        &self,
+        mut lease: SlotLease,
+        deadline: Deadline,
+    ) -> Result<Slot, Box<(SlotLease, SlotFailure)>> {
         let plan = self.config.slot(lease.index());
         let mut steps = Vec::new();
         match self.assemble(&mut lease, &plan, &mut steps, deadline) {
@@ -153,29 +225,64 @@ impl HostNet {
                 netns,
                 steps,
                 path,
-                tap: (
-                    self.config.tap_name.as_str().to_owned(),
-                    TapOptions {
-                        vnet_header: true,
-                        multi_queue: self.config.multi_queue,
-                    },
-                ),
+                tap: self.tap(),
             }),
             Err(source) => {
                 let leftovers = self.unwind(&mut steps, deadline);
-                let index = lease.index();
-                if leftovers.is_empty()
-                    && let Err(held) = lease.release()
-                {
-                    log::warn!("Slot {index} stays out of use: {}", held.error);
-                }
-                Err(SlotFailure {
-                    index,
+                let failure = SlotFailure {
+                    index: lease.index(),
                     source,
                     leftovers,
-                })
+                };
+                Err(Box::new((lease, failure)))
             }
         }
+    }
+
+    /// Takes up a slot that was built before, by another process perhaps, and still stands as
+    /// it was built. The lease comes back where it does not: the slot is to be built anew.
+    ///
+    /// # Errors
+    /// The lease, and what is wrong with the slot.
+    pub fn reopen(
+        &self,
+        lease: SlotLease,
+        deadline: Deadline,
+    ) -> Result<Slot, Box<(SlotLease, NetError)>> {
+        let plan = self.config.slot(lease.index());
+        let path = self.config.netns_dir.join(&plan.netns);
+        let steps = lease.record().map(|record| record.steps.clone());
+        let netns = match netns::open(&path) {
+            Ok(netns) => netns,
+            Err(source) => {
+                let step = "open the pinned namespace".to_owned();
+                return Err(Box::new((lease, NetError::Call { step, source })));
+            }
+        };
+        let slot = Slot {
+            lease,
+            plan,
+            netns,
+            steps: steps.unwrap_or_default(),
+            path,
+            tap: self.tap(),
+        };
+        let checked = slot
+            .is_recorded()
+            .and_then(|()| self.check(&slot, deadline));
+        match checked {
+            Ok(()) => Ok(slot),
+            Err(error) => Err(Box::new((slot.lease, error))),
+        }
+    }
+
+    /// The tap of every slot.
+    fn tap(&self) -> (String, TapOptions) {
+        let options = TapOptions {
+            vnet_header: true,
+            multi_queue: self.config.multi_queue,
+        };
+        (self.config.tap_name.as_str().to_owned(), options)
     }
 
     /// Undoes steps, last first. Those that fail stay in `steps`.
