@@ -122,7 +122,7 @@ fn soon() -> Deadline {
 
 fn spec(lab: &Lab, template: &Path, mode: MemoryMode) -> RestoreSpec {
     let mut inputs = RestoreInputs::new(SandboxId::random(), template);
-    inputs.memory_mode = mode;
+    inputs.memory_mode = mode.into();
     let mut spec = RestoreSpec::new(inputs, lab.program(), lab.guest());
     spec.runtime_dir = lab.dir().join("run");
     spec.netns = Some(lab.netns_path());
@@ -140,7 +140,7 @@ fn minimal_loop(lab: &Lab, template: &Path, mode: MemoryMode, round: usize) -> D
     let mut stream = UnixStream::connect(&path).expect("connect");
     let mode = match mode {
         MemoryMode::OnDemand => "OnDemand",
-        MemoryMode::Copy => "Copy",
+        _ => "Copy",
     };
     let body = format!(
         r#"{{"source_url":"file://{}","memory_restore_mode":"{mode}","resume":true}}"#,

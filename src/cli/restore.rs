@@ -9,7 +9,7 @@ use rewake::deadline::Deadline;
 use rewake::envd;
 use rewake::envd::init::Init;
 use rewake::ids::{IfName, SandboxId, TemplateId};
-use rewake::plan::{MemoryMode, RestoreInputs, RootDisk};
+use rewake::plan::{MemoryMode, MemoryPolicy, RestoreInputs, RootDisk};
 use rewake::restore::{RestoreSpec, Restored, restore};
 use rewake::snapshot::Recorded;
 use rewake::vmm::launch::LaunchSpec;
@@ -33,8 +33,12 @@ pub(super) struct RestoreArgs {
     #[arg(long, value_name = "PORT", default_value_t = envd::PORT)]
     guest_port: u16,
     /// How memory comes back
-    #[arg(long, value_enum, default_value_t = Mode::OnDemand)]
+    #[arg(long, value_enum, default_value_t = Mode::Auto)]
     memory_mode: Mode,
+    /// The snapshot's memory belongs to this sandbox alone: `auto` may write to its file,
+    /// which then no longer matches the snapshot
+    #[arg(long)]
+    owned: bool,
     /// Raw image or block device in place of the recorded disk [default: the recorded one]
     #[arg(long, value_name = "PATH")]
     disk: Option<PathBuf>,
@@ -82,18 +86,29 @@ pub(super) struct VmmArgs {
 /// How memory comes back, on the command line.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(super) enum Mode {
+    /// The best one that snapshot and host can serve
+    Auto,
+    /// The memory file is mapped and written to: only for a sandbox's own snapshot, which is
+    /// used up by it
+    Shared,
+    /// The memory file is mapped copy-on-write
+    Map,
     /// All of it is read first
     Copy,
     /// Page by page, as it is touched
     OnDemand,
 }
 
-impl From<Mode> for MemoryMode {
-    fn from(mode: Mode) -> Self {
-        match mode {
-            Mode::Copy => Self::Copy,
-            Mode::OnDemand => Self::OnDemand,
-        }
+impl Mode {
+    /// What it means for a snapshot that is, or is not, the sandbox's own.
+    pub(super) const fn policy(self, owned: bool) -> MemoryPolicy {
+        MemoryPolicy::Only(match self {
+            Self::Auto => return MemoryPolicy::Auto { owned },
+            Self::Shared => MemoryMode::Shared,
+            Self::Map => MemoryMode::Map,
+            Self::OnDemand => MemoryMode::OnDemand,
+            Self::Copy => MemoryMode::Copy,
+        })
     }
 }
 
@@ -141,7 +156,7 @@ fn spec(args: &RestoreArgs) -> Result<RestoreSpec, Failure> {
     let mut inputs = RestoreInputs::new(id, &args.directory);
     inputs.template_id.clone_from(&args.template);
     inputs.tap.clone_from(&args.tap);
-    inputs.memory_mode = args.memory_mode.into();
+    inputs.memory_mode = args.memory_mode.policy(args.owned);
     if args.recorded_memory_files {
         inputs.policy.memory_files = Recorded::Keep;
     }

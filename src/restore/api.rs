@@ -25,6 +25,8 @@ pub(super) enum ApiDone {
     Balloon(Result<(), ApiError>),
     /// A call failed that had to succeed.
     Failed(ApiError),
+    /// This CH opens the file of a private mapping for writing. The guest has not run.
+    WritesPrivateFiles(Version),
 }
 
 enum State {
@@ -45,6 +47,7 @@ pub(super) struct ApiSide {
     build: String,
     running: bool,
     balloon_tried: bool,
+    private_files: bool,
 }
 
 impl ApiSide {
@@ -69,7 +72,14 @@ impl ApiSide {
             build: String::new(),
             running: false,
             balloon_tried: false,
+            private_files: false,
         })
+    }
+
+    /// Asks that the guest does not run on a CH that opens private files for writing. All
+    /// that do know no `resume` in `vm.restore`, so there is time to ask.
+    pub(super) const fn must_leave_private_files_alone(&mut self) {
+        self.private_files = true;
     }
 
     pub(super) const fn version(&self) -> Version {
@@ -196,6 +206,9 @@ impl ApiSide {
             }
         }
         self.build = ping.build_version;
+        if self.private_files && !self.features().private_zone_is_read_only {
+            return ApiDone::WritesPrivateFiles(self.version);
+        }
         if self.features().restore_resume {
             self.running = true;
             return ApiDone::Running;

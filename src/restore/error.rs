@@ -9,9 +9,9 @@ use rewake_sys::process::Exit;
 use crate::envd::client::ClientError;
 use crate::envd::ready::ReadyError;
 use crate::ids::SandboxId;
-use crate::plan::PlanError;
+use crate::plan::{MemoryMode, PlanError, Unfit};
 use crate::resource::ledger::Leftover;
-use crate::snapshot::{RunDirError, SnapshotError};
+use crate::snapshot::{ClaimError, RunDirError, SnapshotError, StateError};
 use crate::timeline::Timeline;
 use crate::vmm::api::ApiError;
 use crate::vmm::launch::LaunchError;
@@ -68,6 +68,21 @@ pub enum Cause {
     /// Inputs and snapshot do not go together.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// The memory file cannot be had: it is being written to, or removed.
+    #[error(transparent)]
+    Claim(#[from] ClaimError),
+    /// `state.json` cannot be rewritten for the memory mode.
+    #[error("Cannot rewrite state.json")]
+    State(#[source] StateError),
+    /// CH turned out to be one that cannot serve the memory mode. The guest has not run.
+    #[error("Memory mode {mode} cannot be used")]
+    MemoryMode {
+        /// The mode.
+        mode: MemoryMode,
+        /// Why not.
+        #[source]
+        reason: Unfit,
+    },
     /// A directory or file for CH could not be made.
     #[error("Cannot make {path}")]
     File {

@@ -17,7 +17,7 @@ use super::{RestoreSpec, Restored, undo};
 use crate::deadline::Deadline;
 use crate::envd::client::{Acknowledged, Client, ClientOptions, Incarnation, InitCall};
 use crate::envd::ready::{self, Prober, Ready};
-use crate::plan::MemoryMode;
+use crate::plan::{MemoryMode, Unfit};
 use crate::resource::ledger::Ledger;
 use crate::timeline::{Phase, Timeline};
 use crate::vmm::events::{EventKind, EventParser};
@@ -199,6 +199,8 @@ impl Restoring {
 
     fn finish(&mut self) -> Option<Restored> {
         let (vmm, ready) = (self.vmm.take()?, self.ready.take()?);
+        // CH has opened the file by now; that it may be removed harms nobody.
+        self.started.reading = None;
         Some(Restored {
             sandbox_id: self.spec.inputs.sandbox_id.clone(),
             vmm,
@@ -241,6 +243,10 @@ impl Restoring {
                 }
                 Err(Cause::Api(error))
             }
+            ApiDone::WritesPrivateFiles(version) => Err(Cause::MemoryMode {
+                mode: self.started.plan.memory_mode,
+                reason: Unfit::WritesPrivateFiles { version },
+            }),
             ApiDone::Restored => {
                 self.guest_may_hear = true;
                 self.stage = Stage::Resume;

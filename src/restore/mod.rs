@@ -10,6 +10,7 @@
 mod api;
 mod error;
 mod machine;
+mod memory;
 mod start;
 mod vm_dir;
 
@@ -136,7 +137,7 @@ impl Budgets {
     fn for_api(&self, mode: MemoryMode, memory: Bytes) -> Duration {
         let gib = u32::try_from(memory.gib_rounded_up()).unwrap_or(u32::MAX);
         match mode {
-            MemoryMode::OnDemand => self.api,
+            MemoryMode::Shared | MemoryMode::Map | MemoryMode::OnDemand => self.api,
             MemoryMode::Copy => self.api + self.copy_per_gib.saturating_mul(gib),
         }
     }
@@ -156,7 +157,7 @@ pub struct Restored {
     pub version: Version,
     /// Its version with the suffixes of its build. The stand-in says here what it is.
     pub build: String,
-    /// How memory came back.
+    /// How memory came back, in truth. Why not in a better way is in the timeline's notes.
     pub memory_mode: MemoryMode,
     /// The guest's memory.
     pub memory: Bytes,

@@ -1,6 +1,6 @@
 //! The synchronous beginning of a restore: check, plan, prepare, start CH.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,18 +8,19 @@ use rewake_sys::netns;
 
 use super::api::ApiSide;
 use super::error::{Cause, Stage};
+use super::memory::{self, Held};
 use super::vm_dir::VmDir;
 use super::{Gate, RestoreSpec};
 use crate::deadline::Deadline;
 use crate::envd::ready::Prober;
 use crate::envd::socket::{CurrentNetns, InNetns, Sockets};
-use crate::plan::{self, MemoryMode, Plan};
+use crate::plan::{self, MemoryMode, Plan, StateEdit};
 use crate::resource::ledger::Ledger;
-use crate::snapshot::{RunDir, RunFiles, SnapshotDir};
+use crate::snapshot::{MemoryClaim, RunDir, RunFiles, SnapshotDir};
 use crate::timeline::{Phase, Timeline};
 use crate::vmm;
 use crate::vmm::api::{MemoryRestoreMode, RestoreConfig, file_url};
-use crate::vmm::launch::{self, ApiSocket, FIRST_INHERITED, Vmm};
+use crate::vmm::launch::{self, ApiSocket, Vmm};
 use crate::wire::conn::Stream;
 use crate::wire::reactor::TokenRange;
 
@@ -36,6 +37,8 @@ pub(super) struct Started {
     pub(super) api: ApiSide,
     pub(super) sockets: Sockets,
     pub(super) vm_dir: PathBuf,
+    /// Keeps the memory file from being removed while CH reads it.
+    pub(super) reading: Option<MemoryClaim>,
 }
 
 impl Start {
@@ -60,7 +63,11 @@ impl Start {
 
         self.stage = Stage::Plan;
         let vm_dir = VmDir::choose(&spec.runtime_dir, &spec.inputs.sandbox_id);
-        let plan = plan::plan(&spec.inputs, &snapshot, &vm_dir.vsock_socket())?;
+        let held = Held::take(&spec.inputs, &snapshot)?;
+        let around = memory::circumstances(spec, &snapshot, &held, vm_dir.vsock_socket());
+        let plan = plan::plan(&spec.inputs, &snapshot, &around)?;
+        let claim = held.for_mode(plan.memory_mode)?;
+        memory::note(spec.inputs.memory_mode, &plan, &mut self.timeline);
 
         self.stage = Stage::Prepare;
         let netns = spec.netns.as_deref().map(open_netns).transpose()?;
@@ -71,7 +78,8 @@ impl Start {
                 source,
             })?;
         self.ledger.check().map_err(Cause::Log)?;
-        let memory = write_snapshot(&vm_dir, &plan, &snapshot)?;
+        write_snapshot(&vm_dir, &plan, &snapshot)?;
+        let memory = memory::inherited(plan.memory_mode, claim.as_ref(), &snapshot);
         let (socket, stream) = ApiSocket::bind(&vm_dir.api_socket())?;
         let api = queue_restore(&vm_dir, stream, &plan, spec, deadline, api_tokens)?;
         self.timeline.mark(Phase::Planned);
@@ -105,11 +113,13 @@ impl Start {
         // CH takes milliseconds to come up: time to make the probes' sockets.
         let sockets = sockets_in(netns, spec)?;
         let vm_dir = vm_dir.path().to_owned();
+        let mapped = plan.memory_mode.maps_file();
         let started = Started {
             plan,
             api,
             sockets,
             vm_dir,
+            reading: claim.filter(|_| !mapped),
         };
         Ok((started, vmm))
     }
@@ -122,22 +132,23 @@ fn open_netns(path: &Path) -> Result<OwnedFd, Cause> {
     })
 }
 
-/// Writes what CH is given to restore. The result is the memory file that it must inherit
-/// as its first descriptor.
-fn write_snapshot<'a>(
-    vm_dir: &VmDir,
-    plan: &Plan,
-    snapshot: &'a SnapshotDir,
-) -> Result<Option<BorrowedFd<'a>>, Cause> {
-    let memory = snapshot.memory().map(AsFd::as_fd);
-    let inherited = PathBuf::from(format!("/proc/self/fd/{FIRST_INHERITED}"));
+/// Writes what CH is given to restore.
+fn write_snapshot(vm_dir: &VmDir, plan: &Plan, snapshot: &SnapshotDir) -> Result<(), Cause> {
+    let recorded = snapshot.state();
+    let (state, reads) = match &plan.state {
+        StateEdit::AsRecorded => (None, snapshot.memory().is_some()),
+        StateEdit::Mapped(layout) => (Some(recorded.mapped_from_file(layout)), false),
+        StateEdit::ReadFromZone(layout) => (Some(recorded.read_from_file(layout)), true),
+    };
+    let state = state.transpose().map_err(Cause::State)?;
+    let inherited = memory::inherited_path();
     let files = RunFiles {
         config: &plan.config,
-        state: snapshot.state().as_bytes(),
-        memory: memory.map(|_| inherited.as_path()),
+        state: state.as_deref().unwrap_or(recorded.as_bytes()),
+        memory: reads.then_some(inherited.as_path()),
     };
     RunDir::create(&vm_dir.snapshot(), &files)?;
-    Ok(memory)
+    Ok(())
 }
 
 fn queue_restore(
@@ -152,19 +163,19 @@ fn queue_restore(
         source_url: file_url(&vm_dir.snapshot())?,
         memory_restore_mode: match plan.memory_mode {
             MemoryMode::OnDemand => MemoryRestoreMode::OnDemand,
-            MemoryMode::Copy => MemoryRestoreMode::Copy,
+            // With nothing saved there is nothing to copy.
+            MemoryMode::Shared | MemoryMode::Map | MemoryMode::Copy => MemoryRestoreMode::Copy,
         },
         resume: true,
         ..RestoreConfig::default()
     };
     let stream = Stream::from_connected(stream).map_err(Cause::Socket)?;
     let budget = spec.budgets.for_api(plan.memory_mode, plan.memory);
-    Ok(ApiSide::restore(
-        stream,
-        &config,
-        deadline.within(budget),
-        tokens,
-    )?)
+    let mut api = ApiSide::restore(stream, &config, deadline.within(budget), tokens)?;
+    if plan.memory_mode == MemoryMode::Map {
+        api.must_leave_private_files_alone();
+    }
+    Ok(api)
 }
 
 fn sockets_in(netns: Option<OwnedFd>, spec: &RestoreSpec) -> Result<Sockets, Cause> {

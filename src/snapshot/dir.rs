@@ -3,10 +3,15 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{self, CWD, FileType, Mode, OFlags, ResolveFlags, Stat};
+use rustix::fs::{self, CWD, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use super::check::{self, Mismatch};
+use super::image::{
+    ClaimError, MEMORY_FILE, MemoryAccess, MemoryClaim, MemoryFile, ZONE_FILE, open_regular,
+    size_of,
+};
+use super::layout::{MemoryLayout, MemorySource, NotMappable};
 use super::state::{State, StateError, StateLimits};
 use crate::units::Bytes;
 use crate::vm_config::VmConfig;
@@ -16,8 +21,6 @@ use crate::wire::json::{JsonError, UnknownKeys};
 pub const CONFIG_FILE: &str = "config.json";
 /// The name of the device states.
 pub const STATE_FILE: &str = "state.json";
-/// The name of the saved memory.
-pub const MEMORY_FILE: &str = "memory-ranges";
 
 /// How much of a snapshot directory is accepted. Depth and size of `config.json` are bounded by
 /// [`VmConfig::LIMITS`].
@@ -135,56 +138,21 @@ pub enum SnapshotError {
         /// The length of the file, in bytes.
         actual: u64,
     },
-}
-
-/// The memory file of a snapshot, as it was checked.
-#[derive(Debug)]
-pub struct MemoryFile {
-    fd: OwnedFd,
-    stat: Stat,
-}
-
-impl MemoryFile {
-    /// The length.
-    #[must_use]
-    pub fn size(&self) -> Bytes {
-        Bytes(size_of(&self.stat))
-    }
-
-    /// The bytes that the file takes on disk; less than [`Self::size`] where it has holes.
-    #[must_use]
-    pub fn allocated(&self) -> Bytes {
-        // st_blocks counts 512 bytes whatever the filesystem (stat(2)).
-        Bytes(
-            u64::try_from(self.stat.st_blocks)
-                .unwrap_or(0)
-                .saturating_mul(512),
-        )
-    }
-
-    /// Checks that the length is still the one that was checked.
-    ///
-    /// A file can be cut after it was opened. CH would read zeros, or die with SIGBUS; so this
-    /// is worth asking right before CH starts. It does not replace leaving the file alone.
-    ///
-    /// # Errors
-    /// [`SnapshotError::Changed`], or [`SnapshotError::Open`] if `fstat` fails.
-    pub fn check_unchanged(&self) -> Result<(), SnapshotError> {
-        let file = MEMORY_FILE;
-        let now = fs::fstat(&self.fd).map_err(|source| SnapshotError::Open { file, source })?;
-        if size_of(&now) == size_of(&self.stat) {
-            Ok(())
-        } else {
-            Err(SnapshotError::Changed { file })
-        }
-    }
-}
-
-impl AsFd for MemoryFile {
-    /// The open file: read-only, close-on-exec.
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
+    /// There is both RAM that CH saved and the file of a memory zone. A guest has its memory
+    /// in one of them, and which one cannot be told.
+    #[error("There is {MEMORY_FILE} and {ZONE_FILE}")]
+    TwoMemoryFiles,
+    /// Where each part of RAM is in the file of the memory zone cannot be told.
+    #[error("{ZONE_FILE} cannot be the memory of this machine")]
+    ZoneLayout(#[source] NotMappable),
+    /// The file of the memory zone ends before the RAM that it must hold. CH would not notice.
+    #[error("{ZONE_FILE} has {actual}, but its mappings end at {needed}")]
+    ZoneFileShort {
+        /// The end of the last mapping.
+        needed: Bytes,
+        /// The length of the file.
+        actual: Bytes,
+    },
 }
 
 /// A snapshot directory that passed every check.
@@ -232,7 +200,7 @@ impl SnapshotDir {
         let state = read_file(&directory, STATE_FILE, limits.max_state)?;
         let state = State::parse(state, &limits.state).map_err(SnapshotError::State)?;
         check::check(&config, &state).map_err(SnapshotError::Mismatch)?;
-        let memory = open_memory(&directory, state.memory().saved())?;
+        let memory = open_memory(&directory, &config, &state)?;
         Ok(Self {
             path: path.to_owned(),
             directory,
@@ -260,10 +228,31 @@ impl SnapshotDir {
         &self.state
     }
 
-    /// The memory file; `None` where the snapshot saved no memory and has none.
+    /// The memory file; `None` where the snapshot saved no memory and has none: it is in a
+    /// file that the configuration names, then.
     #[must_use]
     pub fn memory(&self) -> Option<&MemoryFile> {
         self.memory.as_ref()
+    }
+
+    /// Where each part of RAM is in [`Self::memory`].
+    ///
+    /// # Errors
+    /// [`NotMappable`]: why it cannot be mapped from one file.
+    pub fn layout(&self) -> Result<MemoryLayout, NotMappable> {
+        MemoryLayout::analyse(&self.config, self.state.memory())
+    }
+
+    /// Takes the memory file for a use, by a lock that everybody sees. `None` where there is
+    /// no memory file. Never waits.
+    ///
+    /// # Errors
+    /// [`ClaimError`]: in use, gone, or not writable.
+    pub fn claim(&self, access: MemoryAccess) -> Result<Option<MemoryClaim>, ClaimError> {
+        let memory = self.memory.as_ref();
+        memory
+            .map(|memory| memory.claim(&self.directory, access))
+            .transpose()
     }
 
     /// Gives up the memory file, to be handed to CH.
@@ -278,58 +267,6 @@ impl AsFd for SnapshotDir {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
     }
-}
-
-/// Opens a regular file beneath `directory` for reading; `None` if there is no such name.
-///
-/// The name is looked at with `O_PATH` first, because to open a device or FIFO can itself have
-/// an effect. That the second look found the same file is checked.
-fn open_regular(
-    directory: &OwnedFd,
-    file: &'static str,
-) -> Result<Option<(OwnedFd, Stat)>, SnapshotError> {
-    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    let open = |flags: OFlags| {
-        let fd = fs::openat2(
-            directory,
-            file,
-            flags | OFlags::CLOEXEC,
-            Mode::empty(),
-            resolve,
-        )?;
-        let stat = fs::fstat(&fd)?;
-        Ok((fd, stat))
-    };
-    let refuse = |source: Errno| match source {
-        Errno::LOOP => SnapshotError::SymbolicLink { file },
-        source => SnapshotError::Open { file, source },
-    };
-    let (_, seen) = match open(OFlags::PATH) {
-        Err(Errno::NOENT) => return Ok(None),
-        result => result.map_err(refuse)?,
-    };
-    check_regular(file, &seen)?;
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let (fd, stat) = open(flags).map_err(refuse)?;
-    check_regular(file, &stat)?;
-    if (seen.st_dev, seen.st_ino) != (stat.st_dev, stat.st_ino) {
-        return Err(SnapshotError::Changed { file });
-    }
-    Ok(Some((fd, stat)))
-}
-
-fn check_regular(file: &'static str, stat: &Stat) -> Result<(), SnapshotError> {
-    let kind = match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile => return Ok(()),
-        FileType::Directory => "a directory",
-        FileType::Symlink => return Err(SnapshotError::SymbolicLink { file }),
-        FileType::Fifo => "a FIFO",
-        FileType::Socket => "a socket",
-        FileType::CharacterDevice => "a character device",
-        FileType::BlockDevice => "a block device",
-        FileType::Unknown => "something unknown",
-    };
-    Err(SnapshotError::NotRegular { file, kind })
 }
 
 /// Reads a whole file of at most `limit` bytes, and notices if it changes meanwhile.
@@ -375,20 +312,35 @@ fn version(stat: &Stat) -> impl PartialEq + use<> {
     )
 }
 
-/// Opens the memory file, and compares its length with the saved ranges.
-fn open_memory(directory: &OwnedFd, saved: Bytes) -> Result<Option<MemoryFile>, SnapshotError> {
-    let expected = saved.0;
-    match open_regular(directory, MEMORY_FILE)? {
-        None if expected == 0 => Ok(None),
-        None => Err(SnapshotError::MemoryMissing { expected }),
-        Some((fd, stat)) if size_of(&stat) == expected => Ok(Some(MemoryFile { fd, stat })),
-        Some((_, stat)) => Err(SnapshotError::MemorySize {
+/// Opens the file that holds RAM, and compares its length with what must be in it.
+fn open_memory(
+    directory: &OwnedFd,
+    config: &VmConfig,
+    state: &State,
+) -> Result<Option<MemoryFile>, SnapshotError> {
+    let expected = state.memory().saved().0;
+    let saved = MemoryFile::open(directory, MEMORY_FILE)?;
+    let zone = MemoryFile::open(directory, ZONE_FILE)?;
+    match (saved, zone) {
+        (None, None) if expected == 0 => Ok(None),
+        (None, None) => Err(SnapshotError::MemoryMissing { expected }),
+        (Some(file), None) if file.size().0 == expected => Ok(Some(file)),
+        (Some(file), None) => Err(SnapshotError::MemorySize {
             expected,
-            actual: size_of(&stat),
+            actual: file.size().0,
         }),
+        (None, Some(file)) => {
+            let layout = MemoryLayout::analyse(config, state.memory());
+            let layout = layout.map_err(SnapshotError::ZoneLayout)?;
+            if !matches!(layout.source(), MemorySource::ZoneFile(_)) {
+                return Err(SnapshotError::MemoryMissing { expected });
+            }
+            let (needed, actual) = (layout.file_size(), file.size());
+            if actual < needed {
+                return Err(SnapshotError::ZoneFileShort { needed, actual });
+            }
+            Ok(Some(file))
+        }
+        (Some(_), Some(_)) => Err(SnapshotError::TwoMemoryFiles),
     }
-}
-
-fn size_of(stat: &Stat) -> u64 {
-    u64::try_from(stat.st_size).unwrap_or(0)
 }

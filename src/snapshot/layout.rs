@@ -157,6 +157,26 @@ impl MemoryLayout {
     pub fn file_size(&self) -> Bytes {
         self.file_size
     }
+
+    /// The mappings as ranges in the order of the file, so that CH can read the file as if it
+    /// had saved it. `None` where they do not follow one another from its beginning.
+    #[must_use]
+    pub fn as_ranges(&self, memory: &MemoryState) -> Option<Vec<SavedRange>> {
+        let mut placed: Vec<_> = self.offsets.iter().zip(memory.mappings()).collect();
+        placed.sort_unstable_by_key(|(offset, _)| **offset);
+        let mut end = 0;
+        placed
+            .into_iter()
+            .map(|(offset, mapping)| {
+                let follows = *offset == end;
+                end += mapping.size;
+                follows.then_some(SavedRange {
+                    gpa: mapping.gpa,
+                    length: mapping.size,
+                })
+            })
+            .collect()
+    }
 }
 
 /// Devices that reach the memory by themselves.

@@ -11,7 +11,7 @@ pub const PAGE_SIZE: u64 = 4096;
 /// One range of guest memory inside `memory-ranges`, in the order of the file.
 ///
 /// CH: vm-migration/src/protocol.rs, `MemoryRange`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, serde::Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedRange {
     /// Guest physical address, in bytes.

@@ -2,7 +2,9 @@
 //!
 //! A directory written by Cloud Hypervisor's `vm.snapshot` has `config.json` (the `VmConfig`),
 //! `state.json` (a tree of opaque device states) and, where memory was saved,
-//! `memory-ranges` (the saved ranges one after the other, without header). Nothing in it is
+//! `memory-ranges` (the saved ranges one after the other, without header). Where memory is a
+//! zone's shared file, Cloud Hypervisor saves none, and rewake keeps that file as `memory`
+//! beside the others. Nothing in it is
 //! trusted: it may come from another machine, and a guest wrote what is in its memory.
 //!
 //! [`SnapshotDir::open`] reads and checks everything before there is any side effect, and
@@ -10,6 +12,7 @@
 
 pub mod check;
 pub mod dir;
+pub mod image;
 pub mod layout;
 pub mod memory;
 pub mod review;
@@ -18,7 +21,11 @@ pub mod run_dir;
 pub mod state;
 
 pub use check::Mismatch;
-pub use dir::{MemoryFile, SnapshotDir, SnapshotError, SnapshotLimits};
+pub use dir::{SnapshotDir, SnapshotError, SnapshotLimits};
+pub use image::{
+    ClaimError, MEMORY_FILE, MemoryAccess, MemoryClaim, MemoryFile, ReserveError, Reserved,
+    ZONE_FILE, reserve,
+};
 pub use layout::{MemoryLayout, MemorySource, NotMappable};
 pub use memory::{MemoryError, MemoryState, RamMapping, SavedRange};
 pub use review::{HostItem, HostItemKind, review};

@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{self, AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::dir::{CONFIG_FILE, MEMORY_FILE, STATE_FILE};
+use super::dir::{CONFIG_FILE, STATE_FILE};
+use super::image::MEMORY_FILE;
 use crate::vm_config::VmConfig;
 
 /// What goes into a run directory.

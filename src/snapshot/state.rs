@@ -13,7 +13,9 @@ use serde::de::{self, DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::layout::MemoryLayout;
-use super::memory::{MemoryDocument, MemoryError, MemoryLimits, MemoryState, RamMapping};
+use super::memory::{
+    MemoryDocument, MemoryError, MemoryLimits, MemoryState, RamMapping, SavedRange,
+};
 use crate::vm_config::MacAddr;
 use crate::wire::excerpt::excerpt;
 use crate::wire::json::JsonFault;
@@ -259,10 +261,33 @@ impl State {
     /// # Errors
     /// [`StateError::Missing`] if the layout is of another snapshot.
     pub fn mapped_from_file(&self, layout: &MemoryLayout) -> Result<Vec<u8>, StateError> {
+        self.with_memory(&[], layout.offsets())
+    }
+
+    /// The bytes of a `state.json` that has RAM read from a zone's file, as if it had been
+    /// saved there: the saved ranges are the mappings in the order of the file. Memory that
+    /// is filled so has no file, hence no offsets.
+    ///
+    /// `layout` must have been found in this state's [`MemoryState`].
+    ///
+    /// # Errors
+    /// [`StateError::Missing`] if the layout is of another snapshot, or if the mappings do not
+    /// follow one another in the file ([`MemoryLayout::as_ranges`]).
+    pub fn read_from_file(&self, layout: &MemoryLayout) -> Result<Vec<u8>, StateError> {
+        let Some(ranges) = layout.as_ranges(&self.memory) else {
+            return Err(StateError::Missing {
+                node: MEMORY_MANAGER.to_owned(),
+            });
+        };
+        self.with_memory(&ranges, &vec![0; layout.offsets().len()])
+    }
+
+    /// Replaces the list of saved ranges, and the file offset of every mapping.
+    fn with_memory(&self, saved: &[SavedRange], offsets: &[u64]) -> Result<Vec<u8>, StateError> {
         let missing = || StateError::Missing {
             node: MEMORY_MANAGER.to_owned(),
         };
-        if layout.offsets().len() != self.memory.mappings().len() {
+        if offsets.len() != self.memory.mappings().len() {
             return Err(missing());
         }
         let span = self.index.memory_manager.clone().ok_or_else(missing)?;
@@ -275,14 +300,16 @@ impl State {
             .memory
             .mappings()
             .iter()
-            .zip(layout.offsets())
+            .zip(offsets)
             .map(|(mapping, &file_offset)| RamMapping {
                 file_offset,
                 ..mapping.clone()
             })
             .collect();
         let moved = serde_json::to_string(&moved).map_err(node_error(MEMORY_MANAGER))?;
-        let mut edits = [(ranges, r#"{"data":[]}"#), (mappings, moved.as_str())];
+        let saved = serde_json::to_string(saved).map_err(node_error(MEMORY_MANAGER))?;
+        let saved = format!(r#"{{"data":{saved}}}"#);
+        let mut edits = [(ranges, saved.as_str()), (mappings, moved.as_str())];
         edits.sort_unstable_by_key(|(span, _)| span.start);
         let inner = splice(&inner, &edits);
         let outer = serde_json::to_string(&inner).map_err(node_error(MEMORY_MANAGER))?;

@@ -22,6 +22,7 @@ use rewake_sys::error::Named;
 use rewake_sys::process::{self, Exit, MountStep, Process, Spawn, SpawnError};
 use rustix::process::Signal;
 
+use super::api::Version;
 use super::log::{Log, lasting_pipe};
 use crate::deadline::Deadline;
 use crate::plan::PrivateMount;
@@ -78,6 +79,9 @@ pub enum LaunchError {
 pub struct LaunchSpec {
     /// Path of the `cloud-hypervisor` binary.
     pub program: PathBuf,
+    /// Its version, where it is known: then no memory mode is chosen that it cannot serve.
+    /// Absent, what it cannot serve shows when it answers, before the guest runs.
+    pub version: Option<Version>,
     /// The name it is started under (`argv[0]`); its path where absent.
     pub name: Option<String>,
     /// Arguments after those that rewake gives itself.

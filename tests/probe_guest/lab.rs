@@ -143,7 +143,7 @@ impl Lab {
     pub(crate) fn restore_with_rewake(&self, source: &Path, mode: MemoryMode) -> Restored {
         let id = format!("probe-{}", std::process::id());
         let inputs = RestoreInputs {
-            memory_mode: mode,
+            memory_mode: mode.into(),
             ..RestoreInputs::new(id.parse().unwrap(), source)
         };
         let mut spec = RestoreSpec::new(inputs, &self.program, self.guest());

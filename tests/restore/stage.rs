@@ -18,13 +18,16 @@ use rewake::plan::RestoreInputs;
 use rewake::resource::ledger::Ledger;
 use rewake::restore::RestoreSpec;
 use rewake::vm_config::{
-    BalloonConfig, ConsoleConfig, ConsoleOutputMode, MemoryConfig, PayloadConfig, VmConfig,
+    BalloonConfig, ConsoleConfig, ConsoleOutputMode, MemoryConfig, MemoryZoneConfig, PayloadConfig,
+    VmConfig,
 };
 use rewake::vmm::api::Client;
 use rewake::vmm::launch::{ApiSocket, LaunchSpec, launch};
 use serde_json::Value;
 
 const STAND_IN: &str = env!("CARGO_BIN_EXE_rewake-sim");
+/// The guest's memory.
+const SIZE: u64 = 64 << 20;
 static COUNT: AtomicU32 = AtomicU32::new(0);
 
 /// A snapshot directory, and what its guest knew when it was frozen.
@@ -66,6 +69,37 @@ fn guest_state(guest: SocketAddr) -> Value {
 impl Frozen {
     /// Boots a guest of the stand-in, freezes it and ends it.
     pub(crate) fn make(name: &str) -> Self {
+        let memory = MemoryConfig {
+            size: SIZE,
+            ..MemoryConfig::default()
+        };
+        Self::make_with(name, |_| memory)
+    }
+
+    /// The same with its memory in a file, which lies in the snapshot as `memory`.
+    pub(crate) fn make_on_a_file(name: &str) -> Self {
+        let frozen = Self::make_with(name, |dir| {
+            let file = dir.join("ram");
+            fs::File::create_new(&file).unwrap().set_len(SIZE).unwrap();
+            MemoryConfig {
+                size: 0,
+                zones: Some(vec![MemoryZoneConfig {
+                    id: "mem0".to_owned(),
+                    size: SIZE,
+                    file: Some(file),
+                    shared: true,
+                    ..MemoryZoneConfig::default()
+                }]),
+                ..MemoryConfig::default()
+            }
+        });
+        let snapshot = frozen.dir.join("snapshot");
+        assert!(!snapshot.join("memory-ranges").exists());
+        fs::rename(frozen.dir.join("ram"), snapshot.join("memory")).unwrap();
+        frozen
+    }
+
+    fn make_with(name: &str, memory: impl FnOnce(&Path) -> MemoryConfig) -> Self {
         let dir =
             std::env::temp_dir().join(format!("rewake-restore-{}-{name}", std::process::id()));
         let _ = fs::remove_dir_all(&dir);
@@ -78,10 +112,7 @@ impl Frozen {
         let vmm = launch(&launch_spec(guest, &[]), socket, None, &[], &mut ledger).unwrap();
         let mut api = Client::connect(vmm.api_path(), soon()).unwrap();
         let config = VmConfig {
-            memory: MemoryConfig {
-                size: 64 << 20,
-                ..MemoryConfig::default()
-            },
+            memory: memory(&dir),
             payload: Some(PayloadConfig {
                 kernel: Some(kernel),
                 ..PayloadConfig::default()
@@ -135,6 +166,14 @@ impl Scene {
             .flat_map(|fault| ["--sim".to_owned(), fault])
             .collect();
         Self::with_args(frozen, &args)
+    }
+
+    /// Of another snapshot of this guest.
+    pub(crate) fn at(frozen: &Frozen, snapshot: &Path) -> Self {
+        Self {
+            snapshot: snapshot.to_owned(),
+            ..Self::with_args(frozen, &[])
+        }
     }
 
     pub(crate) fn with_args(frozen: &Frozen, args: &[String]) -> Self {

@@ -146,7 +146,7 @@ fn a_shared_zone_is_paused_without_saving_memory() {
 #[test]
 fn forgotten_file_offsets_show_as_bad_pages() {
     let mut vmm = Vmm::start(&[]);
-    vmm.create_and_boot(&json!({"memory": {"size": 4_u64 << 30}}));
+    vmm.create_and_boot(&json!({"memory": {"size": 4_u64 << 30, "shared": true}}));
     let before = vmm.guest_state();
     assert_eq!(before["bad_pages"], 0);
     let dir = vmm.pause_and_snapshot("s");

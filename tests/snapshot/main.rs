@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // Test support: a panic is the report.
 
 mod captured;
+mod choice;
 mod hostile;
 mod kvm;
 mod layout;

@@ -46,7 +46,7 @@ pub(super) struct DemoArgs {
     #[arg(long)]
     stand_in: bool,
     /// How memory comes back
-    #[arg(long, value_enum, default_value_t = Mode::OnDemand)]
+    #[arg(long, value_enum, default_value_t = Mode::Auto)]
     memory_mode: Mode,
     /// A variable for Cloud Hypervisor's environment, which is empty otherwise; repeatable
     #[arg(long, value_name = "NAME=VALUE")]
@@ -201,7 +201,7 @@ fn tell_in(
     let before = boot_and_freeze(&actor, network, dir, tale, deadline)?;
 
     let mut inputs = RestoreInputs::new(SandboxId::random(), dir.join("snapshot"));
-    inputs.memory_mode = args.memory_mode.into();
+    inputs.memory_mode = args.memory_mode.policy(false);
     let mut spec = RestoreSpec::new(inputs, &actor.spec.program, network.guest());
     spec.vmm = actor.spec.clone();
     spec.runtime_dir = dir.join("run");

@@ -19,7 +19,8 @@ impl Ram {
         saved.map(|region| (region.gpa, region.size)).collect()
     }
 
-    /// Writes the ranges one after the other, leaving holes for zero pages.
+    /// Writes the ranges one after the other: shared memory with its holes, private memory
+    /// densely, zeros included.
     ///
     /// v52 saves pages of shared memory that have not arrived yet as holes, and with them
     /// loses their content. That is reproduced; private memory is fetched first.
@@ -49,9 +50,9 @@ impl Ram {
 
     fn save_region(&mut self, out: &File, offset: u64, gpa: u64) -> io::Result<()> {
         let region = self.region_of(gpa)?;
-        let (file, base, changed) = match &region.backing {
-            Backing::Own { file, .. } => (file, 0, None),
-            Backing::Shared { file, base } => (file, *base, None),
+        let (file, base, changed, dense) = match &region.backing {
+            Backing::Own { file, shared } => (file, 0, None, !shared),
+            Backing::Shared { file, base } => (file, *base, None, false),
             Backing::Private {
                 file,
                 base,
@@ -61,10 +62,13 @@ impl Ram {
                     // What write(2) says about a mapping beyond the end of its file.
                     return Err(rustix::io::Errno::FAULT.into());
                 }
-                (file, *base, Some(changed))
+                (file, *base, Some(changed), true)
             }
         };
         let mut buffer = vec![0; 64 << 10];
+        if dense {
+            write_zeros(out, offset, region.size)?;
+        }
         each_extent(file, base, region.size, |at, size| {
             let mut done = 0;
             while done < size {
@@ -124,6 +128,18 @@ impl Ram {
             "next_hotplug_slot": 0,
         })
     }
+}
+
+/// Zeros that take up room, as `write(2)` of memory that nobody has touched leaves them.
+fn write_zeros(out: &File, offset: u64, len: u64) -> io::Result<()> {
+    let zeros = vec![0; 1 << 20];
+    let mut done = 0;
+    while done < len {
+        let take = (len - done).min(zeros.len() as u64);
+        out.write_all_at(&zeros[..take as usize], offset + done)?;
+        done += take;
+    }
+    Ok(())
 }
 
 /// The ranges a snapshot saved, from the memory manager's state.

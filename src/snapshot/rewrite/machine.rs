@@ -44,13 +44,21 @@ impl Rewriter<'_> {
             }),
             MemoryBacking::Anonymous => memory.zones.as_ref().map(|zones| {
                 let zones = zones.iter();
-                zones.map(|zone| self.zone(zone, None)).collect()
+                zones.map(|zone| self.anonymous_zone(zone)).collect()
             }),
         };
         MemoryConfig {
             prefault: false,
             zones,
             ..memory.clone()
+        }
+    }
+
+    /// Without its file a zone need not be shared: that was so that writes reach the file.
+    fn anonymous_zone(&self, zone: &MemoryZoneConfig) -> MemoryZoneConfig {
+        MemoryZoneConfig {
+            shared: zone.shared && zone.file.is_none(),
+            ..self.zone(zone, None)
         }
     }
 

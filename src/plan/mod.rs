@@ -3,7 +3,11 @@
 //! Pure: nothing here opens, makes or starts anything. A plan prints, compares and is tested
 //! without privileges; whatever can be refused is refused here, before the first side effect.
 
+mod memory;
+
 use std::path::{Path, PathBuf};
+
+pub use memory::{Circumstances, MemoryMode, MemoryPolicy, PassedOver, StateEdit, Unfit};
 
 use crate::ids::{IfName, SandboxId, SlotIndex, TemplateId};
 use crate::snapshot::SnapshotDir;
@@ -13,27 +17,6 @@ use crate::snapshot::rewrite::{
 };
 use crate::units::Bytes;
 use crate::vm_config::VmConfig;
-
-/// How guest memory comes back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum MemoryMode {
-    /// CH serves pages as they are touched, through userfaultfd. Constant restore time.
-    #[default]
-    OnDemand,
-    /// CH reads all of it first. Restore time grows with it.
-    Copy,
-}
-
-impl MemoryMode {
-    /// The word that people type and programs read.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::OnDemand => "on-demand",
-            Self::Copy => "copy",
-        }
-    }
-}
 
 /// Which disk the VM gets.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -73,7 +56,7 @@ pub struct RestoreInputs {
     /// The tap in that namespace; the recorded one where absent.
     pub tap: Option<IfName>,
     /// How memory comes back.
-    pub memory_mode: MemoryMode,
+    pub memory_mode: MemoryPolicy,
     /// Which recorded host paths may be used where nothing replaces them. Disks follow
     /// [`RestoreInputs::disk`].
     pub policy: HostPathPolicy,
@@ -92,7 +75,7 @@ impl RestoreInputs {
             memory: None,
             slot: None,
             tap: None,
-            memory_mode: MemoryMode::default(),
+            memory_mode: MemoryPolicy::default(),
             policy: HostPathPolicy {
                 taps: Recorded::Keep,
                 ..HostPathPolicy::default()
@@ -138,6 +121,15 @@ pub enum PlanError {
     /// The configuration names something that must not be restored.
     #[error(transparent)]
     Config(ConfigRefusal),
+    /// No memory mode that was allowed can serve this snapshot.
+    #[error("Memory mode {mode} cannot be used")]
+    MemoryMode {
+        /// The mode, the last one where several were tried.
+        mode: MemoryMode,
+        /// Why not.
+        #[source]
+        reason: Unfit,
+    },
 }
 
 /// A private view of one directory for CH alone: an empty tmpfs with symbolic links in it.
@@ -161,6 +153,10 @@ pub struct Plan {
     pub private_mount: Option<PrivateMount>,
     /// How memory comes back.
     pub memory_mode: MemoryMode,
+    /// The modes that would have come first, and why they cannot serve.
+    pub passed_over: Vec<PassedOver>,
+    /// What becomes of `state.json`.
+    pub state: StateEdit,
     /// The guest's memory.
     pub memory: Bytes,
     /// Number of vCPUs.
@@ -169,14 +165,14 @@ pub struct Plan {
     pub has_balloon: bool,
 }
 
-/// Works out the plan. `vsock_socket` is where the host's end of a vsock device goes.
+/// Works out the plan.
 ///
 /// # Errors
 /// [`PlanError`].
 pub fn plan(
     inputs: &RestoreInputs,
     snapshot: &SnapshotDir,
-    vsock_socket: &Path,
+    around: &Circumstances,
 ) -> Result<Plan, PlanError> {
     let recorded = snapshot.config();
     let vcpus = snapshot.state().vcpus() as u64;
@@ -193,9 +189,14 @@ pub fn plan(
             wanted,
         });
     }
+    let files = inputs.policy.memory_files;
+    let choice = memory::choose(inputs.memory_mode, snapshot, files, around)
+        .map_err(|PassedOver { mode, reason }| PlanError::MemoryMode { mode, reason })?;
+    let vsock = recorded.vsock.as_ref();
     let mut overrides = ConfigOverrides {
         policy: inputs.policy,
-        vsock_socket: recorded.vsock.is_some().then(|| vsock_socket.to_owned()),
+        vsock_socket: vsock.map(|_| around.vsock_socket.clone()),
+        memory: choice.backing,
         ..ConfigOverrides::default()
     };
     if let Some(tap) = &inputs.tap {
@@ -210,7 +211,9 @@ pub fn plan(
         has_balloon: config.balloon.is_some(),
         config,
         private_mount,
-        memory_mode: inputs.memory_mode,
+        memory_mode: choice.mode,
+        passed_over: choice.passed_over,
+        state: choice.state,
         memory,
         vcpus,
     })
