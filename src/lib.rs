@@ -34,6 +34,8 @@ pub mod vmm;
 pub mod restore;
 // 6: the guest agent.
 pub mod envd;
+// Frozen guests to launch sandboxes from.
+pub mod template;
 // A virtual machine of our own to try all of it on.
 pub mod probe_guest;
 // What the machine has and lacks.

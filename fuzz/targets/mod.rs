@@ -30,6 +30,7 @@ targets! {
     http_response
     snapshot_config
     snapshot_state
+    template_manifest
     vm_config
     vmm_events
 }

@@ -34,4 +34,4 @@ pub use rewrite::{
     Recorded, RefusalReason, RefusedItem, TapOverride, TapSource, rewrite,
 };
 pub use run_dir::{RemoveError, RunDir, RunDirCause, RunDirError, RunFiles};
-pub use state::{CpuIdentity, State, StateError, StateLimits};
+pub use state::{CpuIdentity, CpuidEntry, State, StateError, StateLimits};

@@ -97,6 +97,25 @@ pub struct CpuIdentity {
     pub signature: u32,
 }
 
+/// One entry of the CPUID table in `state.json` (CH: hypervisor/src/arch/x86/mod.rs,
+/// `CpuIdEntry`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub struct CpuidEntry {
+    /// The leaf: what the guest puts into EAX.
+    pub function: u32,
+    /// The sub-leaf: what it puts into ECX.
+    #[serde(default)]
+    pub index: u32,
+    /// The answer in EAX.
+    pub eax: u32,
+    /// The answer in EBX.
+    pub ebx: u32,
+    /// The answer in ECX.
+    pub ecx: u32,
+    /// The answer in EDX.
+    pub edx: u32,
+}
+
 /// A checked `state.json`, with the bytes it was read from.
 #[derive(Debug, Clone)]
 pub struct State {
@@ -220,24 +239,8 @@ impl State {
     /// # Errors
     /// [`StateError::Node`] if the root's state is not what CH writes.
     pub fn cpu(&self) -> Result<Option<CpuIdentity>, StateError> {
-        #[derive(Deserialize)]
-        struct Root {
-            #[serde(default)]
-            common_cpuid: Vec<Leaf>,
-        }
-        #[derive(Deserialize)]
-        struct Leaf {
-            function: u32,
-            eax: u32,
-            ebx: u32,
-            ecx: u32,
-            edx: u32,
-        }
-        let Some(inner) = self.root()? else {
-            return Ok(None);
-        };
-        let root: Root = serde_json::from_str(&inner).map_err(node_error(ROOT))?;
-        let leaf = |function| root.common_cpuid.iter().find(|l| l.function == function);
+        let table = self.cpuid()?;
+        let leaf = |function| table.iter().find(|l| l.function == function);
         let (Some(zero), Some(one)) = (leaf(0), leaf(1)) else {
             return Ok(None);
         };
@@ -250,6 +253,24 @@ impl State {
             vendor: vendor.escape_ascii().to_string(),
             signature: one.eax,
         }))
+    }
+
+    /// The CPUID table that all vCPUs share, in the order of the file; empty where the state
+    /// has none.
+    ///
+    /// # Errors
+    /// [`StateError::Node`] if the root's state is not what CH writes.
+    pub fn cpuid(&self) -> Result<Vec<CpuidEntry>, StateError> {
+        #[derive(Deserialize)]
+        struct Root {
+            #[serde(default)]
+            common_cpuid: Vec<CpuidEntry>,
+        }
+        let Some(inner) = self.root()? else {
+            return Ok(Vec::new());
+        };
+        let root: Root = serde_json::from_str(&inner).map_err(node_error(ROOT))?;
+        Ok(root.common_cpuid)
     }
 
     /// The bytes of a `state.json` that has RAM mapped from a file: the list of saved ranges

@@ -141,6 +141,15 @@ impl DiskPool {
         Ok(info)
     }
 
+    /// The attached disks of this machine that stand on an image, by their sandboxes.
+    ///
+    /// # Errors
+    /// What opening the image and asking the kernel say.
+    pub fn sharers_of(&self, image: &Path) -> Result<Vec<String>, DiskError> {
+        let base = Base::open(image, &self.faults)?;
+        self.sharers(&base)
+    }
+
     /// The disks whose records are in a directory.
     ///
     /// # Errors
