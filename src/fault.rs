@@ -9,7 +9,18 @@
 use std::fmt;
 use std::sync::Arc;
 
+use rewake_sys::CallError;
 use rustix::io::Errno;
+
+/// A system call that failed, and what it was for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("Cannot {step}")]
+pub struct FailedCall {
+    /// What the call was for.
+    pub step: String,
+    /// The call and its error number.
+    pub source: CallError,
+}
 
 /// Decides which calls fail.
 pub trait Inject: Send + Sync {
@@ -76,6 +87,26 @@ impl Faults {
         let outcome = call()?;
         self.after(step)?;
         Ok(outcome)
+    }
+
+    /// The same for a system call, whose failure comes back with its step.
+    ///
+    /// # Errors
+    /// [`FailedCall`]; an injected error is one of the call `injected`.
+    pub fn syscall<T>(
+        &self,
+        step: impl Into<String>,
+        call: impl FnOnce() -> Result<T, CallError>,
+    ) -> Result<T, FailedCall> {
+        let step = step.into();
+        let injected = |errno: Errno| CallError::new("injected", errno);
+        let run = || {
+            self.before(&step).map_err(injected)?;
+            let outcome = call()?;
+            self.after(&step).map_err(injected)?;
+            Ok(outcome)
+        };
+        run().map_err(|source| FailedCall { step, source })
     }
 }
 

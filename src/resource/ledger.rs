@@ -168,16 +168,29 @@ fn end_process(pid: u32, start_time: u64, deadline: Deadline) -> Result<(), Undo
 
 /// An undo step that failed, with its reason.
 #[derive(Debug)]
-pub struct Leftover {
+pub struct Leftover<S = Step, E = UndoError> {
     /// What may still be there.
-    pub step: Step,
+    pub step: S,
     /// Why.
-    pub error: UndoError,
+    pub error: E,
 }
 
-impl fmt::Display for Leftover {
+impl<S: fmt::Display, E: fmt::Display> fmt::Display for Leftover<S, E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} ({})", self.step, self.error)
+    }
+}
+
+/// The steps that were left over, at the end of a message: nothing where there are none.
+pub(crate) struct Remains<'a, S, E>(pub(crate) &'a [Leftover<S, E>]);
+
+impl<S: fmt::Display, E> fmt::Display for Remains<'_, S, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, leftover) in self.0.iter().enumerate() {
+            f.write_str(if i == 0 { ", left over: " } else { ", " })?;
+            write!(f, "{}", leftover.step)?;
+        }
+        Ok(())
     }
 }
 

@@ -1,14 +1,13 @@
 //! What making, using or removing a disk failed at.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
 
 use rewake_sys::CallError;
-use rustix::io::Errno;
 
 use super::{DiskKind, DiskStep};
-use crate::fault::Faults;
+use crate::fault::{FailedCall, Faults};
 use crate::ids::SandboxId;
+use crate::resource::ledger::{Leftover, Remains};
 
 /// Why a disk operation failed.
 #[derive(Debug, thiserror::Error)]
@@ -100,6 +99,12 @@ pub enum DiskError {
     },
 }
 
+impl From<FailedCall> for DiskError {
+    fn from(FailedCall { step, source }: FailedCall) -> Self {
+        Self::Call { step, source }
+    }
+}
+
 impl DiskError {
     /// Whether the disk, or something of it, is in use by somebody else.
     #[must_use]
@@ -130,23 +135,11 @@ impl DiskError {
 }
 
 /// A piece of a disk that could not be removed.
-#[derive(Debug)]
-pub struct DiskLeftover {
-    /// What may still be there.
-    pub step: DiskStep,
-    /// Why.
-    pub error: DiskError,
-}
-
-impl fmt::Display for DiskLeftover {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({})", self.step, self.error)
-    }
-}
+pub type DiskLeftover = Leftover<DiskStep, DiskError>;
 
 /// A disk that could not be made, attached or removed, and what is left of it.
 #[derive(Debug, thiserror::Error)]
-#[error("Disk {id}{}", Leftovers(.leftovers))]
+#[error("Disk {id}{}", Remains(.leftovers))]
 pub struct DiskFailure {
     /// The disk.
     pub id: SandboxId,
@@ -158,31 +151,11 @@ pub struct DiskFailure {
     pub leftovers: Vec<DiskLeftover>,
 }
 
-struct Leftovers<'a>(&'a [DiskLeftover]);
-
-impl fmt::Display for Leftovers<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, leftover) in self.0.iter().enumerate() {
-            f.write_str(if i == 0 { ", left over: " } else { ", " })?;
-            write!(f, "{}", leftover.step)?;
-        }
-        Ok(())
-    }
-}
-
 /// Runs one call under the name of its step.
 pub(super) fn call<T>(
     faults: &Faults,
     step: impl Into<String>,
     call: impl FnOnce() -> Result<T, CallError>,
 ) -> Result<T, DiskError> {
-    let step = step.into();
-    let injected = |errno: Errno| CallError::new("injected", errno);
-    let run = || {
-        faults.before(&step).map_err(injected)?;
-        let outcome = call()?;
-        faults.after(&step).map_err(injected)?;
-        Ok(outcome)
-    };
-    run().map_err(|source| DiskError::Call { step, source })
+    faults.syscall(step, call).map_err(DiskError::from)
 }

@@ -1,13 +1,14 @@
 //! What building, checking or removing a slot failed at.
 
-use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
 use rewake_sys::CallError;
 
 use super::{AddressError, Ipv4Range, NetStep};
+use crate::fault::FailedCall;
 use crate::ids::SlotIndex;
+use crate::resource::ledger::{Leftover, Remains};
 use crate::resource::slot::SlotError;
 use crate::wire::netlink::NetlinkError;
 
@@ -72,26 +73,20 @@ pub enum NetError {
     },
 }
 
-/// A kernel object that could not be removed.
-#[derive(Debug)]
-pub struct NetLeftover {
-    /// What may still be there.
-    pub step: NetStep,
-    /// Why.
-    pub error: NetError,
-}
-
-impl fmt::Display for NetLeftover {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({})", self.step, self.error)
+impl From<FailedCall> for NetError {
+    fn from(FailedCall { step, source }: FailedCall) -> Self {
+        Self::Call { step, source }
     }
 }
+
+/// A kernel object that could not be removed.
+pub type NetLeftover = Leftover<NetStep, NetError>;
 
 /// A slot that could not be built or removed, and what is left of it.
 ///
 /// With leftovers the slot stays out of use; a sweep tries them again.
 #[derive(Debug, thiserror::Error)]
-#[error("Network slot {index}{}", Leftovers(.leftovers))]
+#[error("Network slot {index}{}", Remains(.leftovers))]
 pub struct SlotFailure {
     /// The slot.
     pub index: SlotIndex,
@@ -99,16 +94,4 @@ pub struct SlotFailure {
     pub source: NetError,
     /// What could not be undone.
     pub leftovers: Vec<NetLeftover>,
-}
-
-struct Leftovers<'a>(&'a [NetLeftover]);
-
-impl fmt::Display for Leftovers<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, leftover) in self.0.iter().enumerate() {
-            f.write_str(if i == 0 { ", left over: " } else { ", " })?;
-            write!(f, "{}", leftover.step)?;
-        }
-        Ok(())
-    }
 }

@@ -9,7 +9,6 @@ use rewake_sys::netns;
 use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
-use rustix::io::Errno;
 
 use super::error::NetError;
 use super::walls::{self, ForwardDrop};
@@ -365,18 +364,7 @@ pub(super) fn call<T>(
     step: impl Into<String>,
     call: impl FnOnce() -> Result<T, CallError>,
 ) -> Result<T, NetError> {
-    let step = step.into();
-    let injected = |errno: Errno| CallError::new("injected", errno);
-    let run = || {
-        faults.before(&step).map_err(injected)?;
-        let outcome = call()?;
-        faults.after(&step).map_err(injected)?;
-        Ok(outcome)
-    };
-    match run() {
-        Ok(outcome) => Ok(outcome),
-        Err(source) => Err(NetError::Call { step, source }),
-    }
+    faults.syscall(step, call).map_err(NetError::from)
 }
 
 /// The interface a route leads out of; 0 where it names several or none.
