@@ -15,7 +15,10 @@ use machine::restored::{Restored, check, frozen, restore_command};
 use machine::{Guest, Namespace, Scratch, Vm, plain_options, run};
 use rewake::deadline::Deadline;
 use rewake::fault::Faults;
-use rewake::resource::disk::{Disk, DiskConfig, DiskKind, DiskMode, DiskPool, StoreState};
+use rewake::resource::disk::{
+    Disk, DiskConfig, DiskError, DiskKind, DiskMode, DiskPool, PressureWatch, StoreState,
+};
+use rewake::units::Bytes;
 
 const DISK_BYTES: u64 = 32 << 20;
 
@@ -205,4 +208,125 @@ fn vm_resumes_on_its_own_store_and_twice_from_a_template() {
     let left = run("losetup", ["-a"]);
     let dir = scratch.path().to_str().unwrap();
     assert!(!left.contains(dir), "{left}");
+}
+
+/// Fills the guest's disk piece by piece, each on the disk before the next begins. Returns how
+/// many there were before one failed, and how that failed.
+fn fill(guest: Guest<'_>, mut between: impl FnMut(u32)) -> (u32, String) {
+    for piece in 0..64 {
+        let answer = guest.shell(&format!(
+            "dd if=/dev/urandom of=/run/piece bs=64k count=8 2>/dev/null
+             sum=$(sha256sum </run/piece)
+             if dd if=/run/piece of=/disk/piece{piece} bs=64k conv=fsync 2>/run/errors; then
+                 echo \"$sum /disk/piece{piece}\" >>/run/sums
+             else
+                 cat /run/errors
+             fi"
+        ));
+        if !answer.is_empty() {
+            return (piece, answer);
+        }
+        between(piece);
+    }
+    panic!("the store took more than it can hold");
+}
+
+#[test]
+fn vm_a_guest_on_a_full_store_sees_errors_and_nobody_else_is_harmed() {
+    let test = "vm_a_guest_on_a_full_store_sees_errors_and_nobody_else_is_harmed";
+    if !machine::inside_with_vmm(test) {
+        return;
+    }
+    let scratches = ["full", "beside"].map(Scratch::new);
+    let namespaces = ["rwtest-full", "rwtest-beside"].map(Namespace::new);
+    let base = scratches[0].disk("base.raw", DISK_BYTES);
+    let base_before = checksum(&base);
+    let disks = scratches[0].join("disks");
+    fs::create_dir(&disks).unwrap();
+    // A quarter of what the guest may write, and all of it for the other.
+    let [small, roomy] = [Some(Bytes(DISK_BYTES / 4)), None].map(|store_size| {
+        let config = DiskConfig {
+            runtime_dir: scratches[0].join("run"),
+            store_size,
+            ..DiskConfig::default()
+        };
+        DiskPool::open(config, Faults::NONE)
+    });
+    let soon = || Deadline::after(Duration::from_secs(60));
+    let create = |pool: &DiskPool, name: &str| {
+        let mode = DiskMode::Only(DiskKind::DmSnapshot);
+        pool.create(&name.parse().unwrap(), &base, &disks, mode, soon())
+            .unwrap()
+    };
+    let disk = create(&small, "full");
+    let other = create(&roomy, "beside");
+    let [vm, beside] = [(&disk, 0), (&other, 1)].map(|(disk, i)| {
+        let options = plain_options(disk.path(), &scratches[i]);
+        Vm::start(&namespaces[i], &scratches[i], &options)
+    });
+    let [guest, neighbour] = [Guest(&namespaces[0]), Guest(&namespaces[1])];
+    for guest in [guest, neighbour] {
+        guest.await_answer(machine::SHELL_PORT, "/nonce", machine::BOOT_LIMIT);
+        // Freezing writes the journal back: from here on it can be read without a replay.
+        guest.shell(
+            "head -c 100000 /run/pattern >/disk/kept && fsfreeze --freeze /disk && fsfreeze --unfreeze /disk",
+        );
+    }
+    let kept = guest.shell("sha256sum </disk/kept");
+
+    let mut watch = PressureWatch::new();
+    let mut events = Vec::new();
+    let (pieces, error) = fill(guest, |piece| {
+        events.extend(watch.observe(&small.status(&disk).unwrap()));
+        neighbour.shell(&format!("echo {piece} >>/disk/log && sync"));
+    });
+    println!("{pieces} pieces, then: {error}");
+    assert!(
+        error.contains("I/O error") || error.contains("Input/output error"),
+        "{error}"
+    );
+    assert_eq!(events, [StoreState::Pressure], "before anything failed");
+    assert!(pieces > 4, "{pieces}");
+    let status = small.status(&disk).unwrap();
+    assert_eq!(watch.observe(&status), Some(StoreState::Overflowed));
+    let full = small.check(&disk).unwrap_err();
+    assert!(matches!(full, DiskError::Overflowed { .. }), "{full}");
+
+    // Nothing that the guest was told is on the disk is lost or wrong.
+    guest.shell("echo 3 >/proc/sys/vm/drop_caches");
+    guest.shell("while read -r sum _ file; do [ \"$(sha256sum <$file)\" = \"$sum  -\" ] || exit 1; done </run/sums");
+    assert_eq!(guest.shell("wc -l </run/sums").trim(), pieces.to_string());
+    assert_eq!(guest.shell("sha256sum </disk/kept"), kept);
+    guest.check_pattern();
+    vm.shut_down();
+    let device = disk.path().display();
+    let read = format!("debugfs -R 'cat /kept' {device} 2>/dev/null | sha256sum");
+    let outside = run("sh", ["-c", &read]);
+    assert_eq!(outside.trim(), kept.trim(), "read from outside");
+
+    // The neighbour has noticed nothing.
+    assert_eq!(roomy.check(&other).unwrap().state, StoreState::Healthy);
+    neighbour.shell("echo 3 >/proc/sys/vm/drop_caches");
+    assert_eq!(
+        neighbour.shell("wc -l </disk/log").trim(),
+        pieces.to_string()
+    );
+    assert_eq!(
+        neighbour.shell("ls /disk/piece* 2>/dev/null || echo none"),
+        "none"
+    );
+    neighbour.shell("dd if=/dev/urandom of=/disk/large bs=64k count=128 conv=fsync 2>/dev/null");
+    beside.shut_down();
+    assert_eq!(roomy.check(&other).unwrap().state, StoreState::Healthy);
+
+    // A full store is told apart from a lost one, also when it is attached again.
+    small.remove(disk, true, soon()).unwrap();
+    let disk = small
+        .attach(&"full".parse().unwrap(), &disks, soon())
+        .unwrap();
+    assert_eq!(small.status(&disk).unwrap().state, StoreState::Pressure);
+    for (pool, disk) in [(&small, disk), (&roomy, other)] {
+        pool.remove(disk, false, soon()).unwrap();
+    }
+    assert_eq!(checksum(&base), base_before, "the base image");
 }
