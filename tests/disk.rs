@@ -14,6 +14,8 @@ mod disklab;
 mod power_loss;
 #[path = "disk/snapshot.rs"]
 mod snapshot;
+#[path = "disk/watch.rs"]
+mod watch;
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;

@@ -173,6 +173,8 @@ pub struct Listed {
     pub name: String,
     /// Uuid, `None` where it has none or the kernel is older than 5.11 and does not say.
     pub uuid: Option<String>,
+    /// Counts its events, `None` before Linux 4.13.
+    pub event: Option<u32>,
 }
 
 /// An open `/dev/mapper/control`.

@@ -29,6 +29,7 @@ mod record;
 mod remove;
 mod show;
 mod step;
+mod watch;
 
 use std::fmt;
 use std::fs::File;
@@ -56,6 +57,7 @@ pub use pressure::{CowStatus, PressureWatch, StoreState, Thresholds};
 pub use record::{BaseIdentity, DiskRecord};
 pub use show::DiskInfo;
 pub use step::DiskStep;
+pub use watch::{DiskEvent, DiskWatch, WatchOptions};
 
 /// Rolling back has a budget of its own: the caller's may be used up.
 const UNDO_BUDGET: Duration = Duration::from_secs(10);

@@ -116,6 +116,12 @@ impl PressureWatch {
         }
     }
 
+    /// The state that was seen last.
+    #[must_use]
+    pub const fn state(&self) -> StoreState {
+        self.last
+    }
+
     /// Takes a report. Returns the new state if it is another one than before.
     pub fn observe(&mut self, status: &CowStatus) -> Option<StoreState> {
         let changed = status.state != self.last;

@@ -55,7 +55,7 @@ impl DiskPool {
         }
     }
 
-    fn status_of(
+    pub(super) fn status_of(
         &self,
         id: &SandboxId,
         dir: &Path,

@@ -86,7 +86,12 @@ pub(super) fn parse_list(data: &[u8]) -> Option<Vec<Listed>> {
             Some(flags) if flags & HAS_UUID != 0 => Some(text(record.get(behind + 8..)?)?),
             _ => None,
         };
-        list.push(Listed { device, name, uuid });
+        list.push(Listed {
+            device,
+            name,
+            uuid,
+            event: read_u32(record, behind),
+        });
         if next == 0 {
             break;
         }
@@ -178,6 +183,7 @@ mod tests {
         let list = parse_list(&data).unwrap();
         assert_eq!(list[0].uuid.as_deref(), Some("U-1"));
         assert_eq!((list[1].name.as_str(), &list[1].uuid), ("two", &None));
+        assert_eq!([list[0].event, list[1].event], [Some(3); 2]);
         assert_eq!(parse_list(&[0; 16]), Some(Vec::new()));
         assert_eq!(parse_list(&[]), Some(Vec::new()));
     }

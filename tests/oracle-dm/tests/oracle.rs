@@ -97,11 +97,11 @@ fn compare(ours: &Control, theirs: &DM, (name, uuid): (&str, &str), case: &str) 
     let their_list = theirs.list_devices().unwrap();
     let ours_listed: Vec<_> = listed
         .iter()
-        .map(|it| (it.name.clone(), it.device))
+        .map(|it| (it.name.clone(), it.device, it.event))
         .collect();
     let theirs_listed: Vec<_> = their_list
         .iter()
-        .map(|(name, device, _)| (name.to_string(), device_number(*device)))
+        .map(|(name, device, event)| (name.to_string(), device_number(*device), *event))
         .collect();
     assert_eq!(ours_listed, theirs_listed, "{case}: list");
     let uuids = listed.iter().find(|it| it.name == name);
