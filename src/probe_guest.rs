@@ -105,10 +105,21 @@ pub fn expected_checksum(nonce: u64, pages: u64) -> u64 {
         // A word in each line of 64 bytes, each one more than the last.
         for line in 0..64 {
             let word = first.wrapping_add(line);
-            sum = u64::rotate_left((sum ^ word).wrapping_mul(0x0000_0100_0000_01b3), 23);
+            sum = add(sum, word);
         }
     }
     sum
+}
+
+/// What `POST /probe/word?page=P&pages=N&value=V` answers as its checksum, and `GET` for as
+/// long as these pages are whole.
+#[must_use]
+pub fn checksum_of_words(value: u64, pages: u64) -> u64 {
+    (0..pages.min(PATTERN_PAGES_MAX)).fold(0, |sum, page| add(sum, value.wrapping_add(page)))
+}
+
+fn add(sum: u64, word: u64) -> u64 {
+    u64::rotate_left((sum ^ word).wrapping_mul(0x0000_0100_0000_01b3), 23)
 }
 
 /// SplitMix64's finisher, as in `fixtures/guest/src/agent.rs`.

@@ -20,6 +20,7 @@ pub(crate) struct PaperBoard {
     pub(crate) now: u64,
     pub(crate) read: u64,
     pub(crate) touched: Vec<u64>,
+    pub(crate) words: [u64; 8],
 }
 
 impl Board for PaperBoard {
@@ -49,6 +50,11 @@ impl Board for PaperBoard {
     fn checksum_pattern(&self, page: u64, sum: u64) -> u64 {
         sum * 10 + page + 1
     }
+    fn ram_word(&mut self, page: u64, value: Option<u64>) -> Option<u64> {
+        let word = self.words.get_mut(page as usize)?;
+        *word = value.unwrap_or(*word);
+        Some(*word)
+    }
 }
 
 /// The guest without its hardware.
@@ -75,6 +81,7 @@ impl PaperGuest {
             now: 1000,
             read: 0,
             touched: Vec::new(),
+            words: [0; 8],
         };
         Self {
             host: Host::new(GUEST_MAC, GUEST, buffers),

@@ -14,7 +14,7 @@ use rewake::envd::hedge::Hedge;
 use rewake::envd::ready::{Prober, Ready};
 use rewake::envd::socket::{CurrentNetns, InNetns};
 use rewake::envd::watch::drive_while_alive;
-use rewake::plan::{MemoryMode, RestoreInputs};
+use rewake::plan::{MemoryPolicy, RestoreInputs};
 use rewake::probe_guest::{self, Settings};
 use rewake::resource::ledger::Ledger;
 use rewake::restore::{RestoreSpec, Restored, restore};
@@ -120,12 +120,18 @@ impl Lab {
 
     /// Boots the guest with 128 MiB and waits for its first answer.
     pub(crate) fn boot(&mut self, settings: &Settings) -> Machine {
+        self.boot_with(settings, "--memory size=128M")
+    }
+
+    /// Boots the guest with the memory that these arguments describe.
+    pub(crate) fn boot_with(&mut self, settings: &Settings, memory: &str) -> Machine {
         let kernel = self.dir.join("guest").display().to_string();
         let arguments =
             ["--kernel", &kernel, "--cmdline", &settings.to_string()].map(str::to_owned);
-        let machine = "--memory size=128M --cpus boot=1 --console off --serial null \
+        let machine = "--cpus boot=1 --console off --serial null \
                        --net tap=tap0,mac=02:FC:00:00:00:05";
-        let machine = machine.split_whitespace().map(str::to_owned);
+        let machine = memory.split_whitespace().chain(machine.split_whitespace());
+        let machine = machine.map(str::to_owned);
         self.start(arguments.into_iter().chain(machine).collect(), None)
     }
 
@@ -140,17 +146,38 @@ impl Lab {
     }
 
     /// Restores with the library, as a host program would.
-    pub(crate) fn restore_with_rewake(&self, source: &Path, mode: MemoryMode) -> Restored {
+    pub(crate) fn restore_with_rewake(
+        &self,
+        source: &Path,
+        memory: impl Into<MemoryPolicy>,
+    ) -> Restored {
+        let spec = self.restore_spec(source, memory);
+        restore(&spec, soon()).unwrap_or_else(|error| panic!("{error:#?}"))
+    }
+
+    /// A restore of the snapshot in `source` into this lab's namespace.
+    pub(crate) fn restore_spec(
+        &self,
+        source: &Path,
+        memory: impl Into<MemoryPolicy>,
+    ) -> RestoreSpec {
         let id = format!("probe-{}", std::process::id());
         let inputs = RestoreInputs {
-            memory_mode: mode.into(),
+            memory_mode: memory.into(),
             ..RestoreInputs::new(id.parse().unwrap(), source)
         };
         let mut spec = RestoreSpec::new(inputs, &self.program, self.guest());
         spec.runtime_dir = self.dir.join("run");
         spec.netns = Some(self.netns_path());
         spec.vmm.env = self.environment();
-        restore(&spec, soon()).unwrap_or_else(|error| panic!("{error:#?}"))
+        spec
+    }
+
+    /// Asks the guest on this lab's tap for JSON, whoever started it.
+    pub(crate) fn json(&self, method: Method, target: &str) -> serde_json::Value {
+        let response = send(&self.netns, &Request::new(method, target).closing());
+        assert_eq!(response.status, 200, "{target}: {}", response.excerpt());
+        serde_json::from_slice(&response.body).unwrap()
     }
 
     /// The `cloud-hypervisor` in use.

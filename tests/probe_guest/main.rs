@@ -24,4 +24,5 @@ mod frames;
 mod image;
 mod lab;
 mod life;
+mod memory;
 mod words;

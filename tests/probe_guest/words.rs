@@ -478,6 +478,32 @@ fn touches_and_sums_as_many_pages_as_there_are() {
 }
 
 #[test]
+fn keeps_words_in_any_page_of_memory() {
+    let mut guest = PaperGuest::new();
+    let mut ask = |request: &str| guest.exchange(40000, &format!("{request} HTTP/1.1\r\n\r\n"));
+    let written = ask("POST /probe/word?page=2&pages=3&value=70");
+    let sum = rewake::probe_guest::checksum_of_words(70, 3);
+    let expected = format!(r#"{{"pages":3,"checksum":"{sum:016x}"}}"#);
+    assert_eq!(body(&written), expected);
+    assert_eq!(body(&ask("GET /probe/word?page=2&pages=3")), expected);
+    assert_ne!(body(&ask("GET /probe/word?page=1&pages=3")), expected);
+    for (request, status) in [
+        ("GET /probe/word", "400"),
+        ("POST /probe/word?page=2", "400"),
+        ("GET /probe/word?page=99", "404"),
+        ("GET /probe/word?page=2&pages=99", "404"),
+        ("PUT /probe/word?page=2", "405"),
+    ] {
+        let answer = ask(request);
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status}")),
+            "{request}: {answer}"
+        );
+    }
+    assert_eq!(guest.agent.board.words[2..5], [70, 71, 72]);
+}
+
+#[test]
 fn reads_times_as_jiff_does() {
     for text in [
         "2026-11-23T15:20:00.000000001Z",
