@@ -12,16 +12,19 @@
 
 pub mod check;
 pub mod dir;
+pub mod extents;
 pub mod image;
 pub mod layout;
 pub mod memory;
 pub mod review;
 pub mod rewrite;
 pub mod run_dir;
+pub mod seal;
 pub mod state;
 
 pub use check::Mismatch;
 pub use dir::{SnapshotDir, SnapshotError, SnapshotLimits};
+pub use extents::{CopyError, PunchError, Punched, Puncher};
 pub use image::{
     ClaimError, MEMORY_FILE, MemoryAccess, MemoryClaim, MemoryFile, ReserveError, Reserved,
     ZONE_FILE, reserve,
@@ -34,4 +37,7 @@ pub use rewrite::{
     Recorded, RefusalReason, RefusedItem, TapOverride, TapSource, rewrite,
 };
 pub use run_dir::{RemoveError, RunDir, RunDirCause, RunDirError, RunFiles};
+pub use seal::{
+    Durability, Seal, SealError, SealedMemory, install, memory_of, require_space, seal,
+};
 pub use state::{CpuIdentity, CpuidEntry, State, StateError, StateLimits};

@@ -3,15 +3,19 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rewake::deadline::Deadline;
+use rewake::fault::Faults;
 use rewake::plan::{MemoryMode, MemoryPolicy};
 use rewake::probe_guest::{Settings, checksum_of_words, expected_checksum};
 use rewake::restore::Restored;
-use rewake::snapshot::reserve;
+use rewake::snapshot::{
+    Durability, Punched, Puncher, Seal, SealedMemory, install, memory_of, reserve, seal,
+};
 use rewake::vmm::api::Client;
 use rewake::wire::http::Method;
 use rustix::fs::SeekFrom;
@@ -82,12 +86,33 @@ fn end(restored: Restored) {
     assert!(leftovers.is_empty(), "{leftovers:?}");
 }
 
-/// Pauses the VM and snapshots it into a new directory.
+/// Pauses the VM and makes a snapshot of it, as durable as can be.
 fn freeze(restored: &Restored, into: &Path) {
     let mut api = Client::connect(restored.vmm.api_path(), soon()).unwrap();
-    fs::create_dir(into).unwrap();
+    let staging = into.with_extension("new");
+    fs::create_dir(&staging).unwrap();
     api.pause(soon()).unwrap();
-    api.snapshot(into, soon()).unwrap();
+    api.snapshot(&staging, soon()).unwrap();
+    let own = memory_of(restored.vmm.pid());
+    let memory = match &own {
+        Ok(own) if restored.memory_mode == MemoryMode::Shared => {
+            assert!(
+                !staging.join("memory-ranges").exists(),
+                "memory was written"
+            );
+            SealedMemory::Linked(own.as_fd())
+        }
+        _ => SealedMemory::Written,
+    };
+    let how = Seal {
+        memory,
+        ..Seal::default()
+    };
+    seal(&staging, &how).unwrap();
+    install(&staging, into, Durability::Synced, &Faults::NONE).unwrap();
+    if let Some(mut puncher) = Puncher::open(into, &Faults::NONE).unwrap() {
+        assert_eq!(puncher.run(|| true).unwrap(), Punched::Whole);
+    }
 }
 
 /// Length, and a sum over all that is not a hole or zeros.
@@ -208,7 +233,7 @@ fn root_kvm_an_owner_pauses_without_writing_memory() {
         return;
     };
     for origin in origins(&lab).unwrap() {
-        let (mut snapshot, mut file, mut witness) = template(&mut lab, &origin);
+        let (mut snapshot, _, mut witness) = template(&mut lab, &origin);
         let owned = MemoryPolicy::Auto { owned: true };
         for round in 0..4 {
             let what = format!("{}, round {round}", origin.name);
@@ -218,11 +243,9 @@ fn root_kvm_an_owner_pauses_without_writing_memory() {
             witness = Witness::write(&lab, &origin.pages, 7000 + 100 * round);
             let next = lab.dir().join(format!("next-{round}"));
             freeze(&restored, &next);
-            assert!(!next.join("memory-ranges").exists(), "{what}");
             end(restored);
-            fs::hard_link(&file, next.join("memory")).unwrap();
             fs::remove_dir_all(&snapshot).unwrap();
-            (file, snapshot) = (next.join("memory"), next);
+            snapshot = next;
         }
         fs::remove_dir_all(&snapshot).unwrap();
     }
@@ -256,11 +279,6 @@ fn root_kvm_every_mode_follows_every_other() {
         end(restored);
         let wrote = next.join("memory-ranges").exists();
         assert_eq!(wrote, mode != MemoryMode::Shared, "{what}");
-        if !wrote {
-            let own = ["memory", "memory-ranges"].map(|name| snapshot.join(name));
-            let own = own.iter().find(|file| file.exists()).unwrap();
-            fs::rename(own, next.join("memory")).unwrap();
-        }
         fs::remove_dir_all(&snapshot).unwrap();
         snapshot = next;
     }

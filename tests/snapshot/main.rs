@@ -10,3 +10,4 @@ mod layout;
 mod rewrite;
 mod run_dir;
 mod scratch;
+mod seal;
