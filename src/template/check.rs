@@ -152,10 +152,14 @@ pub(super) fn length(path: &Path, faults: &Faults) -> Result<Option<u64>, Templa
 
 /// The checksum of a regular file.
 pub(super) fn checksum(path: &Path, faults: &Faults) -> Result<Sha256Hex, TemplateError> {
+    digest(path, faults).map(|(digest, _)| digest)
+}
+
+/// The checksum of a regular file, and its length.
+pub(super) fn digest(path: &Path, faults: &Faults) -> Result<(Sha256Hex, u64), TemplateError> {
     call(faults, about("read", path), || {
         let file = open_regular(path)?;
-        let (digest, _) = Sha256Hex::of_reader(file).named("read")?;
-        Ok(digest)
+        Sha256Hex::of_reader(file).named("read")
     })
 }
 

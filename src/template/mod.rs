@@ -14,6 +14,7 @@
 //! name in one step, too, and only when nobody uses it. So a crash leaves the whole template
 //! or none, and [`TemplateStore::sweep`] clears away the rest.
 
+mod build;
 mod check;
 mod cpu;
 mod digest;
@@ -34,6 +35,10 @@ use crate::fault::Faults;
 use crate::ids::TemplateId;
 use crate::plan::RootDisk;
 
+pub use build::{
+    BuildCause, BuildError, BuildLeftover, BuildNetwork, BuildProgress, BuildSpec, BuildStage,
+    Workshop, build,
+};
 pub use cpu::{Cpu, FeatureWord, OtherCpu, Register};
 pub use digest::{DigestError, Sha256Hex};
 pub use error::{Damage, Incompatible, TemplateError, Users};

@@ -5,10 +5,11 @@
 //! locked knows that nobody will finish it.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -29,11 +30,12 @@ use super::{Template, check};
 use crate::deadline::Deadline;
 use crate::fault::Faults;
 use crate::ids::TemplateId;
-use crate::resource::disk::BaseIdentity;
-use crate::resource::ledger::{Ledger, Leftover, Step};
+use crate::resource::disk::{BaseIdentity, DiskConfig, DiskPool};
+use crate::resource::ledger::{Ledger, Leftover, Step, StepLog};
 use crate::snapshot::dir::{CONFIG_FILE, STATE_FILE};
 use crate::snapshot::{MEMORY_FILE, SnapshotDir, SnapshotLimits, ZONE_FILE};
 use crate::vmm::api::Version;
+use crate::vmm::orphan;
 
 /// Begins the names of staging directories.
 pub(super) const STAGE_PREFIX: &str = ".stage-";
@@ -41,6 +43,8 @@ pub(super) const STAGE_PREFIX: &str = ".stage-";
 pub(super) const GONE_PREFIX: &str = ".gone-";
 /// What else a maker has in the kernel, a step a line. It never gets into a template.
 pub(super) const JOURNAL_FILE: &str = "journal";
+/// Where a maker keeps the disk that it boots from, if it has one.
+const DISK_DIR: &str = "disk";
 /// Journals are short; what is longer is none.
 const JOURNAL_MAX: u64 = 1 << 20;
 /// How long undoing may take that nobody waits for.
@@ -111,6 +115,8 @@ pub struct Stage {
     identity: (u64, u64),
     /// Where it may have got while it was published.
     target: Option<PathBuf>,
+    /// It is a sweep's now.
+    left: bool,
     faults: Faults,
 }
 
@@ -139,6 +145,7 @@ impl Stage {
                         directory,
                         identity,
                         target: None,
+                        left: false,
                         faults: faults.clone(),
                     };
                     // A sweep may have come between making it and locking it.
@@ -179,17 +186,23 @@ impl Stage {
     /// [`TemplateError::Call`].
     pub fn note(&self, step: &Step) -> Result<(), TemplateError> {
         let path = self.path.join(JOURNAL_FILE);
-        let mut line = serde_json::to_vec(step).unwrap_or_default();
-        line.push(b'\n');
         call(&self.faults, about("write", &path), || {
-            let mut options = File::options();
-            let mut journal = options
-                .append(true)
-                .create(true)
-                .open(&path)
-                .named("open")?;
-            journal.write_all(&line).named("write")
+            append(&path, step).named("write")
         })
+    }
+
+    /// The same for the steps of a ledger ([`Ledger::logged`]).
+    #[must_use]
+    pub fn log(&self) -> Arc<dyn StepLog> {
+        Arc::new(StageLog {
+            path: self.path.join(JOURNAL_FILE),
+        })
+    }
+
+    /// Where a disk for the making may be kept: a sweep looks for one there.
+    #[must_use]
+    pub fn disk_dir(&self) -> PathBuf {
+        self.path.join(DISK_DIR)
     }
 
     /// Opens and checks the snapshot in here, and describes it as the template `name`.
@@ -259,7 +272,16 @@ impl Stage {
         self.clear()
     }
 
+    /// Lets it lie for a sweep, with its journal: not everything could be undone that it
+    /// tells of.
+    pub(super) fn leave(mut self) {
+        self.left = true;
+    }
+
     fn clear(&mut self) -> Result<(), TemplateError> {
+        if self.left {
+            return Ok(());
+        }
         if let Some(target) = self.target.take()
             && identity_of(&target) == Some(self.identity)
         {
@@ -285,6 +307,31 @@ impl Drop for Stage {
             log::warn!("Left over: {}: {error}", self.path.display());
         }
     }
+}
+
+/// The journal of a staging directory.
+#[derive(Debug)]
+struct StageLog {
+    path: PathBuf,
+}
+
+impl StepLog for StageLog {
+    fn made(&self, step: &Step) -> io::Result<()> {
+        append(&self.path, step)
+    }
+
+    /// It goes with its directory.
+    fn undone(&self, _: &Step) {}
+}
+
+/// Writes a step to a journal. Nothing is synced: what it tells of is gone after a crash of
+/// the machine.
+fn append(journal: &Path, step: &Step) -> io::Result<()> {
+    let mut line = serde_json::to_vec(step)?;
+    line.push(b'\n');
+    let mut options = File::options();
+    let mut journal = options.append(true).create(true).open(journal)?;
+    journal.write_all(&line)
 }
 
 impl TemplateStore {
@@ -356,7 +403,7 @@ impl Stage {
     fn files(&self) -> Result<Vec<&'static str>, TemplateError> {
         let journal = self.path.join(JOURNAL_FILE);
         match std::fs::remove_file(&journal) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return call(&Faults::NONE, about("remove", &journal), || {
                     Err(error).named("unlink")
                 });
@@ -406,17 +453,49 @@ pub(super) fn sweep_one(
     if !lock(&directory, path, faults)? || identity_of(path) != Some(identity) {
         return Ok(None);
     }
-    let mut ledger = Ledger::from(journalled(&path.join(JOURNAL_FILE)));
-    let leftovers = ledger.unwind(Deadline::after(UNDO_BUDGET));
+    let steps = journalled(&path.join(JOURNAL_FILE));
+    // A maker may die before it can write down which process it has started.
+    let orphans = steps.iter().flat_map(|step| match step {
+        Step::Directory { path } => orphan::list(path),
+        _ => Vec::new(),
+    });
+    let orphans: Vec<Step> = orphans
+        .map(|orphan| Step::Process {
+            pid: orphan.process.pid,
+            start_time: orphan.process.start_time,
+        })
+        .collect();
+    let mut ledger = Ledger::from([steps, orphans].concat());
+    let deadline = Deadline::after(UNDO_BUDGET);
+    let leftovers = ledger.unwind(deadline);
     if !leftovers.is_empty() {
         // The journal is the only trace of them: it stays until they are gone.
         drop(ledger.release());
         return Ok(Some(leftovers));
     }
+    remove_disks(&path.join(DISK_DIR), deadline)?;
     call(faults, about("remove", path), || {
         std::fs::remove_dir_all(path).named("unlink")
     })?;
     Ok(Some(leftovers))
+}
+
+/// Removes the disks that a dead maker had. They are found by their records, which are there
+/// before anything else of them is.
+fn remove_disks(dir: &Path, deadline: Deadline) -> Result<(), TemplateError> {
+    if !dir.exists() {
+        return Ok(());
+    }
+    let failed = |source| TemplateError::Disks {
+        image: dir.to_owned(),
+        source,
+    };
+    let pool = DiskPool::open(DiskConfig::default(), Faults::NONE);
+    for id in pool.list(dir).map_err(failed)? {
+        let removed = pool.remove_by_id(&id, dir, false, deadline);
+        removed.map_err(|failure| failed(failure.source))?;
+    }
+    Ok(())
 }
 
 /// The steps of a journal, oldest first. The last line may have been cut short.

@@ -9,6 +9,7 @@
 #[path = "../netlab/faults.rs"]
 mod faults;
 
+mod build;
 mod crash;
 mod place;
 mod store;
