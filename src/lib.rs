@@ -42,6 +42,8 @@ pub mod probe_guest;
 pub mod doctor;
 // The phases of every operation, with times.
 pub mod timeline;
+// The same for a viewer.
+pub mod trace;
 // A stand-in for the `cloud-hypervisor` binary, for machines without KVM and for tests.
 #[cfg(feature = "sim")]
 pub mod sim;

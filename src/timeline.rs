@@ -96,12 +96,27 @@ impl Phase {
     }
 }
 
+/// An event of Cloud Hypervisor's monitor, as it came.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmmEvent {
+    /// `source/event`, and the device where it names one.
+    pub name: String,
+    /// Time since CH made its monitor.
+    pub timestamp: Duration,
+    /// When we read it.
+    pub arrived: Instant,
+}
+
+/// Events of one operation that are kept: a healthy one has some twenty.
+const MAX_EVENTS: usize = 256;
+
 /// When each phase of one operation was reached, and what is worth knowing about it.
 #[derive(Debug, Clone)]
 pub struct Timeline {
     origin: Instant,
     marks: Vec<(Phase, Duration)>,
     notes: Vec<String>,
+    events: Vec<VmmEvent>,
 }
 
 impl Timeline {
@@ -112,6 +127,7 @@ impl Timeline {
             origin: Instant::now(),
             marks: Vec::with_capacity(16),
             notes: Vec::new(),
+            events: Vec::new(),
         }
     }
 
@@ -131,6 +147,19 @@ impl Timeline {
     /// Adds a remark: a fallback and its reason, a warning.
     pub fn note(&mut self, text: impl Into<String>) {
         self.notes.push(text.into());
+    }
+
+    /// Keeps an event of CH's monitor, the first 256.
+    pub fn vmm_event(&mut self, event: VmmEvent) {
+        if self.events.len() < MAX_EVENTS {
+            self.events.push(event);
+        }
+    }
+
+    /// What CH's monitor has told, in order.
+    #[must_use]
+    pub fn vmm_events(&self) -> &[VmmEvent] {
+        &self.events
     }
 
     /// When a phase was reached, counted from the start of the operation.

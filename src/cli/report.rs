@@ -3,8 +3,10 @@
 use std::error::Error;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
 
 use rewake::restore::RestoreError;
+use rewake::trace::Trace;
 
 use super::{Failure, Global};
 
@@ -54,6 +56,22 @@ pub(super) fn json(document: &serde_json::Value) -> Result<(), Failure> {
     serde_json::to_writer_pretty(&mut out, document).map_err(io::Error::from)?;
     writeln!(out)?;
     Ok(())
+}
+
+/// A file could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("Cannot write {}", path.display())]
+pub(super) struct WriteError {
+    pub(super) path: PathBuf,
+    pub(super) source: io::Error,
+}
+
+/// Writes a trace to a file.
+pub(super) fn trace(path: &Path, trace: Trace) -> Result<(), WriteError> {
+    std::fs::write(path, trace.into_json().to_string()).map_err(|source| WriteError {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Prints rows under a header, each column as wide as its widest cell.

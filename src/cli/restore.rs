@@ -12,6 +12,7 @@ use rewake::ids::{IfName, SandboxId, TemplateId};
 use rewake::plan::{MemoryMode, MemoryPolicy, RestoreInputs, RootDisk};
 use rewake::restore::{RestoreSpec, Restored, restore};
 use rewake::snapshot::Recorded;
+use rewake::trace::Trace;
 use rewake::vmm::launch::LaunchSpec;
 
 use super::{Failure, Global, report};
@@ -64,6 +65,9 @@ pub(super) struct RestoreArgs {
     /// Give up after this many seconds, whatever the limits of the parts [default: none]
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<f64>,
+    /// Write a timeline for trace viewers (Chrome's JSON; Perfetto opens it) to this file
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Where the files of running VMs go
     #[arg(long, value_name = "DIR", default_value = "/run/rewake")]
     runtime_dir: PathBuf,
@@ -146,6 +150,12 @@ pub(super) fn run(args: &RestoreArgs, global: Global) -> Result<(), Failure> {
     };
     let restored = restore(&spec(args)?, deadline)?;
     show(&restored, global)?;
+    if let Some(path) = &args.trace {
+        let mut trace = Trace::new(restored.timeline.origin());
+        let name = format!("sandbox {}, {}", restored.sandbox_id, restored.build);
+        trace.add(&name, &restored.timeline);
+        report::trace(path, trace)?;
+    }
     // The VM stays: from here on whoever reads its pid answers for it.
     let (_vmm, _steps) = restored.into_parts();
     Ok(())

@@ -6,6 +6,7 @@ use std::io;
 use rewake_sys::CallError;
 use rewake_sys::process::Exit;
 
+use super::kit::KitMisuse;
 use crate::envd::client::ClientError;
 use crate::envd::ready::ReadyError;
 use crate::ids::SandboxId;
@@ -105,6 +106,9 @@ pub enum Cause {
         /// Why.
         source: CallError,
     },
+    /// The warm kit cannot be used.
+    #[error(transparent)]
+    Kit(#[from] KitMisuse),
     /// CH could not be started.
     #[error(transparent)]
     Launch(#[from] LaunchError),

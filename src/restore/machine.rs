@@ -12,6 +12,7 @@ use mio::{Interest, Registry};
 
 use super::api::ApiDone;
 use super::error::{Cause, RestoreError, Stage};
+use super::kit::Kit;
 use super::start::{Start, Started};
 use super::{RestoreSpec, Restored, undo};
 use crate::deadline::Deadline;
@@ -19,8 +20,8 @@ use crate::envd::client::{Acknowledged, Client, ClientOptions, Incarnation, Init
 use crate::envd::ready::{self, Prober, Ready};
 use crate::plan::{MemoryMode, Unfit};
 use crate::resource::ledger::Ledger;
-use crate::timeline::{Phase, Timeline};
-use crate::vmm::events::{EventKind, EventParser};
+use crate::timeline::{Phase, Timeline, VmmEvent};
+use crate::vmm::events::{Event as VmmReport, EventKind, EventParser};
 use crate::vmm::launch::Vmm;
 use crate::wire::conn::Stream;
 use crate::wire::excerpt::excerpt;
@@ -81,10 +82,28 @@ impl Restoring {
         deadline: Deadline,
         tokens: TokenRange,
     ) -> Result<Self, RestoreError> {
+        Self::begin_with(spec, None, deadline, tokens)
+    }
+
+    /// The same on the process of a warm kit, where there is one: how `spec` starts CH, its
+    /// namespace and its runtime directory do not count then, the kit's do. Blocks for less
+    /// than a millisecond.
+    ///
+    /// # Errors
+    /// [`RestoreError`]; the kit's process is gone then, too.
+    ///
+    /// # Panics
+    /// As [`Restoring::begin`].
+    pub fn begin_with(
+        spec: &RestoreSpec,
+        kit: Option<Kit>,
+        deadline: Deadline,
+        tokens: TokenRange,
+    ) -> Result<Self, RestoreError> {
         assert!(tokens.len() >= Self::TOKENS, "too few event tokens");
         let mut start = Start::new(spec);
         let api_tokens = TokenRange::new(tokens.token(API).0, 1);
-        match start.run(spec, deadline, api_tokens) {
+        match start.run(spec, kit, deadline, api_tokens) {
             Ok((started, vmm)) => Ok(Self {
                 spec: spec.clone(),
                 stage: Stage::Restore,
@@ -248,6 +267,7 @@ impl Restoring {
                 reason: Unfit::WritesPrivateFiles { version },
             }),
             ApiDone::Restored => {
+                self.started.passing = None;
                 self.guest_may_hear = true;
                 self.stage = Stage::Resume;
                 Ok(())
@@ -284,6 +304,7 @@ impl Restoring {
                     self.events.feed(&buffer[..count], |record| {
                         if let Ok(event) = record {
                             note_event(event.kind(), timeline, hear);
+                            keep_event(&event, timeline);
                         }
                     });
                 }
@@ -423,6 +444,19 @@ fn note_event(kind: EventKind, timeline: &mut Timeline, guest_may_hear: &mut boo
         EventKind::Resumed => timeline.mark(Phase::Resumed),
         _ => {}
     }
+}
+
+/// For a trace.
+fn keep_event(event: &VmmReport, timeline: &mut Timeline) {
+    let mut name = format!("{}/{}", excerpt(&event.source), excerpt(&event.event));
+    if let Some(id) = event.id() {
+        name = format!("{name} {}", excerpt(id));
+    }
+    timeline.vmm_event(VmmEvent {
+        name,
+        timestamp: event.timestamp,
+        arrived: Instant::now(),
+    });
 }
 
 impl Machine for Restoring {

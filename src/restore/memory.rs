@@ -1,7 +1,7 @@
 //! The memory file on its way to CH: taken, handed over, and what is said about it.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::RestoreSpec;
 use super::error::Cause;
@@ -67,13 +67,14 @@ pub(super) fn circumstances(
     snapshot: &SnapshotDir,
     held: &Held,
     vsock_socket: PathBuf,
+    memory_path: &Path,
 ) -> Circumstances {
     // Asked only where it may matter: whoever wants just this mode hears it from CH.
     let falls_back = matches!(spec.inputs.memory_mode, MemoryPolicy::Auto { .. });
     let asked = falls_back && snapshot.layout().is_err();
     Circumstances {
         vsock_socket,
-        memory_path: inherited_path(),
+        memory_path: memory_path.to_owned(),
         version: spec.vmm.version,
         not_own: held.not_own.clone(),
         no_userfaultfd: asked.then(|| rewake_sys::uffd::probe().err()).flatten(),

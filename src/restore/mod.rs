@@ -9,6 +9,7 @@
 
 mod api;
 mod error;
+pub mod kit;
 mod machine;
 mod memory;
 mod start;
@@ -27,6 +28,7 @@ pub use error::{Cause, RestoreError, Stage};
 pub use machine::Restoring;
 pub use vm_dir::VmDir;
 
+use self::kit::Kit;
 use crate::deadline::Deadline;
 use crate::envd::client::Acknowledged;
 use crate::envd::dialect::Agent;
@@ -202,8 +204,20 @@ impl Restored {
 /// # Errors
 /// [`RestoreError`]: stage, cause, CH's last words, and what could not be undone.
 pub fn restore(spec: &RestoreSpec, deadline: Deadline) -> Result<Restored, RestoreError> {
+    restore_with(spec, None, deadline)
+}
+
+/// The same on the process of a warm kit, where there is one. Starts no process then.
+///
+/// # Errors
+/// As [`restore`].
+pub fn restore_with(
+    spec: &RestoreSpec,
+    kit: Option<Kit>,
+    deadline: Deadline,
+) -> Result<Restored, RestoreError> {
     let tokens = TokenRange::new(0, Restoring::TOKENS);
-    let mut restoring = Restoring::begin(spec, deadline, tokens)?;
+    let mut restoring = Restoring::begin_with(spec, kit, deadline, tokens)?;
     let mut poll = match Poll::new() {
         Ok(poll) => poll,
         Err(error) => return Err(restoring.abandon(Cause::Poll(error))),

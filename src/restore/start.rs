@@ -8,6 +8,7 @@ use rewake_sys::netns;
 
 use super::api::ApiSide;
 use super::error::{Cause, Stage};
+use super::kit::{Kit, KitMisuse, PassingLink, Taken, entrust};
 use super::memory::{self, Held};
 use super::vm_dir::VmDir;
 use super::{Gate, RestoreSpec};
@@ -37,7 +38,10 @@ pub(super) struct Started {
     pub(super) api: ApiSide,
     pub(super) sockets: Sockets,
     pub(super) vm_dir: PathBuf,
-    /// Keeps the memory file from being removed while CH reads it.
+    /// How a process that was warm finds its memory until it has answered, and nobody later.
+    pub(super) passing: Option<PassingLink>,
+    /// Keeps the memory file from being removed while CH reads it. Dropped after the
+    /// link to its descriptor.
     pub(super) reading: Option<MemoryClaim>,
 }
 
@@ -50,11 +54,12 @@ impl Start {
         }
     }
 
-    /// Everything up to a CH process with `vm.restore` on its way. What was made is in the
-    /// ledger, also where this fails.
+    /// Everything up to a CH process with `vm.restore` on its way: a fresh one, or the kit's.
+    /// What was made is in the ledger, also where this fails.
     pub(super) fn run(
         &mut self,
         spec: &RestoreSpec,
+        kit: Option<Kit>,
         deadline: Deadline,
         api_tokens: TokenRange,
     ) -> Result<(Started, Vmm), Cause> {
@@ -62,14 +67,24 @@ impl Start {
         self.timeline.mark(Phase::SnapshotChecked);
 
         self.stage = Stage::Plan;
-        let vm_dir = VmDir::choose(&spec.runtime_dir, &spec.inputs.sandbox_id);
+        let (vm_dir, memory_path) = match &kit {
+            Some(kit) => (kit.place().clone(), kit.place().memory_link()),
+            None => {
+                let vm_dir = VmDir::choose(&spec.runtime_dir, &spec.inputs.sandbox_id);
+                (vm_dir, memory::inherited_path())
+            }
+        };
         let held = Held::take(&spec.inputs, &snapshot)?;
-        let around = memory::circumstances(spec, &snapshot, &held, vm_dir.vsock_socket());
+        let vsock = vm_dir.vsock_socket();
+        let around = memory::circumstances(spec, &snapshot, &held, vsock, &memory_path);
         let plan = plan::plan(&spec.inputs, &snapshot, &around)?;
         let claim = held.for_mode(plan.memory_mode)?;
         memory::note(spec.inputs.memory_mode, &plan, &mut self.timeline);
 
         self.stage = Stage::Prepare;
+        if let Some(kit) = kit {
+            return self.run_warm(spec, kit, (snapshot, claim), plan, deadline, api_tokens);
+        }
         let netns = spec.netns.as_deref().map(open_netns).transpose()?;
         vm_dir
             .create(&mut self.ledger)
@@ -78,9 +93,10 @@ impl Start {
                 source,
             })?;
         self.ledger.check().map_err(Cause::Log)?;
-        write_snapshot(&vm_dir, &plan, &snapshot)?;
+        write_snapshot(&vm_dir, &plan, &snapshot, &memory_path)?;
         let memory = memory::inherited(plan.memory_mode, claim.as_ref(), &snapshot);
         let (socket, stream) = ApiSocket::bind(&vm_dir.api_socket())?;
+        let stream = Stream::from_connected(stream).map_err(Cause::Socket)?;
         let api = queue_restore(&vm_dir, stream, &plan, spec, deadline, api_tokens)?;
         self.timeline.mark(Phase::Planned);
 
@@ -102,13 +118,7 @@ impl Start {
         self.timeline.mark(Phase::Spawned);
         let (id, pid) = (&spec.inputs.sandbox_id, vmm.pid());
         log::info!("Sandbox {id}: Cloud Hypervisor is process {pid}");
-        // The vCPUs run only after this was written down: the request is sent by the machine.
-        self.ledger.check().map_err(Cause::Log)?;
-        if let Some(Gate(gate)) = &spec.gate {
-            self.stage = Stage::Gate;
-            gate().map_err(Cause::Gate)?;
-            self.timeline.mark(Phase::GatePassed);
-        }
+        self.pass_gate(spec)?;
 
         // CH takes milliseconds to come up: time to make the probes' sockets.
         let sockets = sockets_in(netns, spec)?;
@@ -120,8 +130,71 @@ impl Start {
             sockets,
             vm_dir,
             reading: claim.filter(|_| !mapped),
+            passing: None,
         };
         Ok((started, vmm))
+    }
+
+    /// The rest of it on a process that idles already: no directory, no socket, no `exec`.
+    fn run_warm(
+        &mut self,
+        spec: &RestoreSpec,
+        kit: Kit,
+        (snapshot, claim): (SnapshotDir, Option<MemoryClaim>),
+        plan: Plan,
+        deadline: Deadline,
+        api_tokens: TokenRange,
+    ) -> Result<(Started, Vmm), Cause> {
+        if plan.private_mount.is_some() {
+            return Err(KitMisuse::PrivateMount.into());
+        }
+        let idle_ms = kit.idle().as_secs_f64() * 1e3;
+        let Taken {
+            vm_dir,
+            vmm,
+            api,
+            sockets,
+            letters,
+        } = kit.hand_over(&mut self.ledger)?;
+        let passing = claim
+            .as_ref()
+            .map(|file| PassingLink::make(&vm_dir, file.as_fd()));
+        let passing = passing.transpose()?;
+        write_snapshot(&vm_dir, &plan, &snapshot, &vm_dir.memory_link())?;
+        let api = queue_restore(&vm_dir, api, &plan, spec, deadline, api_tokens)?;
+        self.timeline.mark(Phase::Planned);
+        if let Some(file) = snapshot.memory() {
+            file.check_unchanged()?;
+        }
+        if let (true, Some(locked)) = (plan.memory_mode.maps_file(), &claim) {
+            entrust(&letters, &[locked.as_fd()])?;
+        }
+        self.timeline.mark(Phase::Spawned);
+        let (id, pid) = (&spec.inputs.sandbox_id, vmm.pid());
+        self.timeline
+            .note(format!("Process {pid} was warm, ready for {idle_ms:.1} ms"));
+        log::info!("Sandbox {id}: Cloud Hypervisor is process {pid}, which was warm");
+        self.pass_gate(spec)?;
+        let started = Started {
+            plan,
+            api,
+            sockets,
+            vm_dir: vm_dir.path().to_owned(),
+            reading: claim,
+            passing,
+        };
+        Ok((started, vmm))
+    }
+
+    /// The vCPUs run only after this was written down: the request is sent by the machine.
+    fn pass_gate(&mut self, spec: &RestoreSpec) -> Result<(), Cause> {
+        self.ledger.check().map_err(Cause::Log)?;
+        if let Some(Gate(gate)) = &spec.gate {
+            self.stage = Stage::Gate;
+            gate().map_err(Cause::Gate)?;
+            self.timeline.mark(Phase::GatePassed);
+        }
+        Ok(())
     }
 }
 
@@ -132,8 +205,13 @@ fn open_netns(path: &Path) -> Result<OwnedFd, Cause> {
     })
 }
 
-/// Writes what CH is given to restore.
-fn write_snapshot(vm_dir: &VmDir, plan: &Plan, snapshot: &SnapshotDir) -> Result<(), Cause> {
+/// Writes what CH is given to restore; it opens the memory file at `memory`.
+fn write_snapshot(
+    vm_dir: &VmDir,
+    plan: &Plan,
+    snapshot: &SnapshotDir,
+    memory: &Path,
+) -> Result<(), Cause> {
     let recorded = snapshot.state();
     let (state, reads) = match &plan.state {
         StateEdit::AsRecorded => (None, snapshot.memory().is_some()),
@@ -141,11 +219,10 @@ fn write_snapshot(vm_dir: &VmDir, plan: &Plan, snapshot: &SnapshotDir) -> Result
         StateEdit::ReadFromZone(layout) => (Some(recorded.read_from_file(layout)), true),
     };
     let state = state.transpose().map_err(Cause::State)?;
-    let inherited = memory::inherited_path();
     let files = RunFiles {
         config: &plan.config,
         state: state.as_deref().unwrap_or(recorded.as_bytes()),
-        memory: reads.then_some(inherited.as_path()),
+        memory: reads.then_some(memory),
     };
     RunDir::create(&vm_dir.snapshot(), &files)?;
     Ok(())
@@ -153,7 +230,7 @@ fn write_snapshot(vm_dir: &VmDir, plan: &Plan, snapshot: &SnapshotDir) -> Result
 
 fn queue_restore(
     vm_dir: &VmDir,
-    stream: std::os::unix::net::UnixStream,
+    stream: Stream,
     plan: &Plan,
     spec: &RestoreSpec,
     deadline: Deadline,
@@ -169,7 +246,6 @@ fn queue_restore(
         resume: true,
         ..RestoreConfig::default()
     };
-    let stream = Stream::from_connected(stream).map_err(Cause::Socket)?;
     let budget = spec.budgets.for_api(plan.memory_mode, plan.memory);
     let mut api = ApiSide::restore(stream, &config, deadline.within(budget), tokens)?;
     if plan.memory_mode == MemoryMode::Map {

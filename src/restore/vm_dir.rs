@@ -16,7 +16,7 @@ const VM_DIRS: &str = "vm";
 ///
 /// On `/run` it lies in memory, so nothing in it is ever synced: after a crash of the
 /// machine there is no VM that it could belong to.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct VmDir {
     path: PathBuf,
 }
@@ -28,8 +28,14 @@ impl VmDir {
         let random = uuid::Uuid::new_v4().simple().to_string();
         let name = format!("{id}.{}", &random[..8]);
         Self {
-            path: runtime.join(VM_DIRS).join(name),
+            path: Self::parent_of_all(runtime).join(name),
         }
+    }
+
+    /// The directory in which the directories of all VMs lie.
+    #[must_use]
+    pub fn parent_of_all(runtime: &Path) -> PathBuf {
+        runtime.join(VM_DIRS)
     }
 
     /// Makes the directory, and whatever of its parents is missing. The step that removes it
@@ -67,6 +73,12 @@ impl VmDir {
     #[must_use]
     pub fn vsock_socket(&self) -> PathBuf {
         self.path.join("vsock.sock")
+    }
+
+    /// Where a CH that was started ahead of its restore finds the memory file.
+    #[must_use]
+    pub(super) fn memory_link(&self) -> PathBuf {
+        self.path.join("memory")
     }
 
     /// Where the snapshot goes that CH is told to restore.

@@ -6,6 +6,7 @@
     reason = "a test that cannot prepare itself may panic"
 )]
 
+mod kits;
 mod memory;
 mod stage;
 

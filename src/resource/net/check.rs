@@ -43,7 +43,7 @@ impl HostNet {
 
     /// Whether the pin names the slot's namespace and the link has its name and index. Takes
     /// none of the kernel's network locks, so it never waits for somebody else's changes.
-    pub(super) fn is_healthy(&self, slot: &Slot) -> bool {
+    pub(crate) fn is_healthy(&self, slot: &Slot) -> bool {
         let pinned = std::fs::symlink_metadata(slot.netns_path()).is_ok_and(|it| {
             netns::identity(slot.netns()).is_ok_and(|ns| ns == (it.dev(), it.ino()))
         });

@@ -1,0 +1,121 @@
+//! Ending kits whose owner has died.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+
+use super::{CLAIM, NAME};
+use crate::deadline::Deadline;
+use crate::resource::ledger::{Leftover, Step};
+use crate::restore::VmDir;
+use crate::vmm::orphan;
+
+/// No claim takes this long to be made.
+const ABANDONED: Duration = Duration::from_secs(60);
+
+/// What a sweep has found.
+#[derive(Debug, Default)]
+pub struct KitSweep {
+    /// Directories of kits that a living program keeps ready.
+    pub in_use: Vec<PathBuf>,
+    /// Directories of kits that are gone now, with their processes.
+    pub reclaimed: Vec<PathBuf>,
+    /// What could not be ended or removed.
+    pub stuck: Vec<Leftover>,
+}
+
+/// Ends the kits under `runtime_dir` whose owner has died, and removes their directories.
+/// Their slots are then free for [`HostNet::sweep`](crate::resource::net::HostNet::sweep).
+/// Blocks, until the deadline at the latest.
+///
+/// A kit is a directory with a file `kit` in it, which its owner keeps locked: the kernel
+/// drops the lock when the owner dies. Nothing else is touched.
+///
+/// # Errors
+/// Where the directories cannot be listed.
+pub fn sweep(runtime_dir: &Path, deadline: Deadline) -> io::Result<KitSweep> {
+    let mut found = KitSweep::default();
+    let entries = match VmDir::parent_of_all(runtime_dir).read_dir() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
+        other => other?,
+    };
+    for entry in entries {
+        let vm_dir = entry?.path();
+        let Some(claim) = open_claim(&vm_dir)? else {
+            remove_if_abandoned(&vm_dir);
+            continue;
+        };
+        if is_locked(&claim)? {
+            found.in_use.push(vm_dir);
+            continue;
+        }
+        // While we hold the lock, no other sweep is at work here.
+        let stuck = found.stuck.len();
+        let ours = orphan::list(runtime_dir);
+        let processes = ours.into_iter().filter(|it| it.vm_dir == vm_dir);
+        let steps = processes
+            .map(|it| Step::Process {
+                pid: it.process.pid,
+                start_time: it.process.start_time,
+            })
+            .chain([Step::Directory {
+                path: vm_dir.clone(),
+            }]);
+        for step in steps {
+            if let Err(error) = step.undo(deadline) {
+                found.stuck.push(Leftover { step, error });
+                // The directory is what the process is found by: it goes last.
+                break;
+            }
+        }
+        if found.stuck.len() == stuck {
+            found.reclaimed.push(vm_dir);
+        }
+    }
+    Ok(found)
+}
+
+/// An owner that died between making the directory and its claim has left it empty, or with a
+/// claim that never got its name. A directory with anything else in it stays: `rmdir` sees to
+/// that. One that is just being made is younger.
+fn remove_if_abandoned(vm_dir: &Path) {
+    let is_kit = vm_dir.file_stem().is_some_and(|stem| stem == NAME);
+    let age = vm_dir.metadata().and_then(|it| it.modified());
+    let age = age.map(|it| it.elapsed().unwrap_or_default());
+    if is_kit && age.is_ok_and(|age| age > ABANDONED) && !vm_dir.join("api.sock").exists() {
+        let _ = std::fs::remove_file(vm_dir.join(CLAIM).with_extension("new"));
+        let _ = std::fs::remove_dir(vm_dir);
+    }
+}
+
+/// Whether the directory belongs to a kit that a living program keeps ready.
+///
+/// # Errors
+/// What opening or locking its claim says.
+pub fn is_kept(vm_dir: &Path) -> io::Result<bool> {
+    match open_claim(vm_dir)? {
+        Some(claim) => is_locked(&claim),
+        None => Ok(false),
+    }
+}
+
+fn open_claim(vm_dir: &Path) -> io::Result<Option<File>> {
+    match File::open(vm_dir.join(CLAIM)) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Takes the lock where nobody has it, and says whether somebody has.
+fn is_locked(claim: &File) -> io::Result<bool> {
+    match rustix::fs::flock(claim, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(false),
+        Err(Errno::WOULDBLOCK) => Ok(true),
+        Err(errno) => Err(errno.into()),
+    }
+}
