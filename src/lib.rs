@@ -32,6 +32,8 @@ pub mod resource;
 pub mod vmm;
 // 5: the one sequence that both callers share.
 pub mod restore;
+// What guest memory costs the host.
+pub mod memory;
 // 6: the guest agent.
 pub mod envd;
 // Frozen guests to launch sandboxes from.

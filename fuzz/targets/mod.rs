@@ -28,6 +28,7 @@ targets! {
     chunked
     envd_json
     http_response
+    smaps
     snapshot_config
     snapshot_state
     template_manifest

@@ -4,18 +4,20 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rewake::deadline::Deadline;
 use rewake::fault::Faults;
+use rewake::memory;
 use rewake::plan::{MemoryMode, MemoryPolicy};
 use rewake::probe_guest::{Settings, checksum_of_words, expected_checksum};
 use rewake::restore::Restored;
 use rewake::snapshot::{
     Durability, Punched, Puncher, Seal, SealedMemory, install, memory_of, reserve, seal,
 };
+use rewake::units::Bytes;
 use rewake::vmm::api::Client;
 use rewake::wire::http::Method;
 use rustix::fs::SeekFrom;
@@ -248,6 +250,52 @@ fn root_kvm_an_owner_pauses_without_writing_memory() {
             snapshot = next;
         }
         fs::remove_dir_all(&snapshot).unwrap();
+    }
+}
+
+#[test]
+fn root_kvm_memory_is_accounted_for_by_who_has_it() {
+    const TEST: &str = "root_kvm_memory_is_accounted_for_by_who_has_it";
+    let Some(mut lab) = Lab::new(TEST) else {
+        return;
+    };
+    let [private, ..] = origins(&lab).unwrap();
+    let (snapshot, file, _) = template(&mut lab, &private);
+    let inode = file.metadata().unwrap().ino();
+    let mut cost = Vec::new();
+    // The one that writes to the file comes last.
+    for mode in MemoryMode::ALL.into_iter().rev() {
+        if mode == MemoryMode::OnDemand && rewake_sys::uffd::probe().is_err() {
+            eprintln!("SKIP {TEST}: on-demand: no userfaultfd");
+            continue;
+        }
+        let restored = lab.restore_with_rewake(&snapshot, mode);
+        await_whole(&restored, mode);
+        let usage = memory::usage(restored.vmm.pid()).unwrap();
+        eprintln!("{mode}: {:?}", usage.guest);
+        assert_eq!(usage.guest.size, Bytes::mib(128), "{mode}");
+        for mapping in &usage.mappings {
+            assert_eq!(mapping.inode == inode, mode.maps_file(), "{mapping:?}");
+            assert_eq!(mapping.is_private, mode != MemoryMode::Shared);
+        }
+        assert!(usage.process.private >= usage.guest.private, "{mode}");
+        cost.push((mode, usage.guest));
+        end(restored);
+    }
+    let of = |wanted| {
+        let found = cost.iter().find(|(mode, _)| *mode == wanted);
+        found.map(|(_, share)| *share)
+    };
+    let map = of(MemoryMode::Map).unwrap();
+    assert!(map.private <= Bytes::mib(2), "{map:?}");
+    assert!(map.file > Bytes(0), "{map:?}");
+    let shared = of(MemoryMode::Shared).unwrap();
+    assert_eq!(shared.private, Bytes(0), "{shared:?}");
+    // CH wrote private memory densely, and reads it so.
+    let copy = of(MemoryMode::Copy).unwrap();
+    assert_eq!(copy.private, Bytes::mib(128), "{copy:?}");
+    if let Some(on_demand) = of(MemoryMode::OnDemand) {
+        assert!(on_demand.private.0 >= 30 * map.private.0, "{on_demand:?}");
     }
 }
 
