@@ -26,6 +26,12 @@ pub struct CopyError {
 }
 
 impl CopyError {
+    /// The call.
+    #[must_use]
+    pub const fn call(&self) -> &'static str {
+        self.call
+    }
+
     /// What the kernel said.
     #[must_use]
     pub const fn errno(&self) -> Errno {
@@ -57,6 +63,28 @@ pub fn copy_sparse(from: impl AsFd, to: impl AsFd) -> Result<(), CopyError> {
         at = end;
     }
     Ok(())
+}
+
+/// Copies what is data in the next `most` bytes from `at` on, into a file that has its length
+/// already. Returns where to go on, `None` at the end.
+///
+/// # Errors
+/// [`CopyError`]: the call and what the kernel said.
+pub fn copy_piece(
+    from: impl AsFd,
+    to: impl AsFd,
+    at: u64,
+    most: u64,
+) -> Result<Option<u64>, CopyError> {
+    let error = |call| move |source| CopyError { call, source };
+    let length = fs::fstat(&from).map_err(error("fstat"))?.st_size;
+    let length = u64::try_from(length).unwrap_or(0);
+    let Some((start, end)) = next_data(&from, at, length).map_err(error("lseek"))? else {
+        return Ok(None);
+    };
+    let end = end.min(start.saturating_add(most));
+    copy_range(&from, &to, start, end)?;
+    Ok(Some(end))
 }
 
 fn copy_range(from: &impl AsFd, to: &impl AsFd, mut start: u64, end: u64) -> Result<(), CopyError> {

@@ -20,6 +20,7 @@ mod cpu;
 mod digest;
 mod error;
 mod facts;
+mod import;
 mod manifest;
 mod stage;
 mod store;
@@ -43,6 +44,9 @@ pub use cpu::{Cpu, FeatureWord, OtherCpu, Register};
 pub use digest::{DigestError, Sha256Hex};
 pub use error::{Damage, Incompatible, TemplateError, Users};
 pub use facts::HostFacts;
+pub use import::{
+    ImportDisk, ImportError, ImportProgress, ImportSpec, MetaError, PathStrategy, Transfer, import,
+};
 pub use manifest::{
     AgentRecord, DiskPath, FileRecord, HostRecord, Kind, Lineage, MANIFEST_FILE, Manifest,
     ManifestError, MemoryImage, MemoryRecord, ROOTFS_FILE, TemplateDisk, VmmRecord,

@@ -9,7 +9,16 @@
 #[path = "../netlab/faults.rs"]
 mod faults;
 
+#[allow(
+    dead_code,
+    reason = "shared by test binaries that each use a part of it"
+)]
+#[path = "../probe_guest/lab.rs"]
+mod lab;
+
 mod build;
 mod crash;
+mod import;
 mod place;
+mod real;
 mod store;

@@ -8,8 +8,9 @@ use rewake_sys::error::Named;
 
 use super::error::{DiskError, call};
 use super::pressure::{self, CowStatus, SnapshotWords, StoreState};
-use super::record::{Base, DiskRecord};
+use super::record::{Base, BaseIdentity, DiskRecord};
 use super::{Disk, DiskKind, DiskPool, dm_snapshot, file};
+use crate::fault::Faults;
 use crate::ids::SandboxId;
 use crate::units::Bytes;
 
@@ -148,6 +149,14 @@ impl DiskPool {
     pub fn sharers_of(&self, image: &Path) -> Result<Vec<String>, DiskError> {
         let base = Base::open(image, &self.faults)?;
         self.sharers(&base)
+    }
+
+    /// How an image is recognised again. Refuses what cannot be a base image.
+    ///
+    /// # Errors
+    /// [`DiskError::Unusable`], else what opening the image says.
+    pub fn identify(image: &Path) -> Result<BaseIdentity, DiskError> {
+        Ok(Base::open(image, &Faults::NONE)?.identity)
     }
 
     /// The disks whose records are in a directory.
