@@ -75,8 +75,9 @@ enum Action {
     },
 }
 
+/// How a disk is kept, on the command line.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Mode {
+pub(super) enum Mode {
     /// The first of the others that works here
     Auto,
     /// A device-mapper snapshot

@@ -9,6 +9,7 @@ mod doctor;
 mod net;
 mod report;
 mod restore;
+mod template;
 
 use std::process::ExitCode;
 
@@ -52,6 +53,8 @@ enum Command {
     Net(net::NetArgs),
     /// Bring one snapshot directory back to life and leave the VM running
     Restore(Box<restore::RestoreArgs>),
+    /// Build, import, list, show and remove templates
+    Template(template::TemplateArgs),
 }
 
 /// What a command ends with where it does not simply succeed.
@@ -81,6 +84,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args, cli.global),
         Command::Net(args) => net::run(args, cli.global),
         Command::Restore(args) => restore::run(args, cli.global),
+        Command::Template(args) => template::run(args, cli.global),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -90,7 +94,8 @@ pub(crate) fn main() -> ExitCode {
             let timeout = error
                 .downcast_ref::<RestoreError>()
                 .is_some_and(RestoreError::is_timeout)
-                || disk::is_timeout(error.as_ref());
+                || disk::is_timeout(error.as_ref())
+                || template::is_timeout(error.as_ref());
             ExitCode::from(if timeout { 4 } else { 1 })
         }
     }

@@ -6,6 +6,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use rewake::restore::RestoreError;
+use rewake::template::BuildError;
 use rewake::trace::Trace;
 
 use super::{Failure, Global};
@@ -18,24 +19,21 @@ pub(super) fn error(error: &(dyn Error + 'static), global: Global) {
         chain.push(cause.to_string());
         next = cause.source();
     }
-    let restore = error.downcast_ref::<RestoreError>();
-    let leftovers: Vec<String> = restore.map_or_else(Vec::new, |error| {
-        error.leftovers.iter().map(ToString::to_string).collect()
-    });
+    let details = Details::of(error);
     if global.json {
         let document = serde_json::json!({"error": {
             "message": chain.join(": "),
             "chain": chain,
-            "leftovers": leftovers,
-            "stage": restore.map(|error| error.stage.name()),
-            "log": restore.map(|error| &error.log),
-            "timeline": restore.map(|error| error.timeline.to_json()),
+            "leftovers": details.leftovers.unwrap_or_default(),
+            "stage": details.stage,
+            "log": details.log,
+            "timeline": details.timeline,
         }});
         println!("{document}");
         return;
     }
     let mut text = chain.join(": ");
-    if let Some(error) = restore {
+    if let Some(leftovers) = details.leftovers {
         let left = if leftovers.is_empty() {
             "nothing".to_owned()
         } else {
@@ -43,11 +41,45 @@ pub(super) fn error(error: &(dyn Error + 'static), global: Global) {
         };
         // Writing into a String cannot fail.
         let _ = write!(text, "; left over: {left}");
-        for line in &error.log {
-            let _ = write!(text, "\n  cloud-hypervisor: {line}");
-        }
+    }
+    for line in details.log.into_iter().flatten() {
+        let _ = write!(text, "\n  cloud-hypervisor: {line}");
     }
     eprintln!("rewake: {text}");
+}
+
+/// What some errors know beside their causes.
+#[derive(Default)]
+struct Details {
+    leftovers: Option<Vec<String>>,
+    stage: Option<&'static str>,
+    log: Option<Vec<String>>,
+    timeline: Option<serde_json::Value>,
+}
+
+impl Details {
+    fn of(error: &(dyn Error + 'static)) -> Self {
+        fn told<T: ToString>(leftovers: &[T]) -> Option<Vec<String>> {
+            Some(leftovers.iter().map(ToString::to_string).collect())
+        }
+        if let Some(error) = error.downcast_ref::<RestoreError>() {
+            return Self {
+                leftovers: told(&error.leftovers),
+                stage: Some(error.stage.name()),
+                log: Some(error.log.clone()),
+                timeline: Some(error.timeline.to_json()),
+            };
+        }
+        if let Some(error) = error.downcast_ref::<BuildError>() {
+            return Self {
+                leftovers: told(&error.leftovers),
+                stage: Some(error.stage.name()),
+                log: Some(error.log.clone()),
+                timeline: None,
+            };
+        }
+        Self::default()
+    }
 }
 
 /// Prints one JSON document on standard output.

@@ -117,7 +117,7 @@ impl Mode {
 }
 
 impl VmmArgs {
-    fn launch_spec(&self) -> Result<LaunchSpec, Failure> {
+    pub(super) fn launch_spec(&self) -> Result<LaunchSpec, Failure> {
         let program = match &self.vmm {
             Some(path) => path.clone(),
             None => rewake::doctor::find_program("cloud-hypervisor").ok_or(NoVmm)?,

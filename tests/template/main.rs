@@ -17,6 +17,7 @@ mod faults;
 mod lab;
 
 mod build;
+mod command;
 mod crash;
 mod import;
 mod place;
