@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 /// Why a name was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{kind} {text:?} is refused: {rule}")]
@@ -39,8 +41,22 @@ fn check_label(kind: &'static str, text: &str) -> Result<(), NameError> {
 macro_rules! label {
     ($(#[$doc:meta])* $name:ident, $kind:literal) => {
         $(#[$doc])*
-        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(into = "String", try_from = "String")]
         pub struct $name(String);
+
+        impl From<$name> for String {
+            fn from(name: $name) -> Self {
+                name.0
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = NameError;
+            fn try_from(text: String) -> Result<Self, NameError> {
+                Self::new(text)
+            }
+        }
 
         impl $name {
             /// Checks and wraps a name: 1 to 64 of `a-z 0-9 - _`, first a letter or digit.
@@ -141,8 +157,22 @@ impl FromStr for IfName {
 }
 
 /// The index of a network slot, 1 to 32767.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "u16", try_from = "u16")]
 pub struct SlotIndex(u16);
+
+impl From<SlotIndex> for u16 {
+    fn from(index: SlotIndex) -> Self {
+        index.0
+    }
+}
+
+impl TryFrom<u16> for SlotIndex {
+    type Error = NameError;
+    fn try_from(index: u16) -> Result<Self, NameError> {
+        Self::new(index)
+    }
+}
 
 impl SlotIndex {
     /// The highest index.

@@ -38,6 +38,10 @@ pub mod memory;
 pub mod envd;
 // Frozen guests to launch sandboxes from.
 pub mod template;
+// 7, 8: sandboxes: what they are, what became of them.
+pub mod sandbox;
+// The front door.
+pub mod host;
 // A virtual machine of our own to try all of it on.
 pub mod probe_guest;
 // What the machine has and lacks.

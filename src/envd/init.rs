@@ -5,14 +5,29 @@ use std::fmt;
 use std::net::Ipv4Addr;
 
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 /// The id of one life of a sandbox: made once per restore, kept over all retries of `/init`.
 ///
 /// A new id is never idempotent: it stops a running memory preload and resets its state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct Lifecycle(Uuid);
+
+impl From<Lifecycle> for String {
+    fn from(lifecycle: Lifecycle) -> Self {
+        lifecycle.to_string()
+    }
+}
+
+impl TryFrom<String> for Lifecycle {
+    type Error = uuid::Error;
+    fn try_from(text: String) -> Result<Self, uuid::Error> {
+        Uuid::try_parse(&text).map(Self)
+    }
+}
 
 impl Lifecycle {
     /// A fresh id.

@@ -158,16 +158,24 @@ pub struct RestoreError {
     pub timeline: Box<Timeline>,
 }
 
+impl Cause {
+    /// Whether a time limit passed.
+    #[must_use]
+    pub fn is_timeout(&self) -> bool {
+        match self {
+            Self::Api(ApiError::NoAnswer { source, .. }) => source.is_timeout(),
+            Self::Ready(ReadyError::Timeout { .. }) => true,
+            Self::Init(error) => error.is_timeout(),
+            _ => false,
+        }
+    }
+}
+
 impl RestoreError {
     /// Whether a time limit passed.
     #[must_use]
     pub fn is_timeout(&self) -> bool {
-        match &*self.cause {
-            Cause::Api(ApiError::NoAnswer { source, .. }) => source.is_timeout(),
-            Cause::Ready(ReadyError::Timeout { .. }) => true,
-            Cause::Init(error) => error.is_timeout(),
-            _ => false,
-        }
+        self.cause.is_timeout()
     }
 
     /// Whether CH ended by itself.

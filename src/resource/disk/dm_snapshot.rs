@@ -237,7 +237,11 @@ impl DiskPool {
     }
 
     /// Where the device can be opened: `/dev/dm-N` where devtmpfs is, else a node of ours.
-    fn node(&self, device: u64, steps: &mut Vec<DiskStep>) -> Result<PathBuf, DiskError> {
+    pub(super) fn node(
+        &self,
+        device: u64,
+        steps: &mut Vec<DiskStep>,
+    ) -> Result<PathBuf, DiskError> {
         let name = format!("dm-{}", rustix::fs::minor(device));
         let is_it = |path: &Path| {
             std::fs::metadata(path)

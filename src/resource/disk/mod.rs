@@ -24,6 +24,7 @@ mod dm_snapshot;
 mod error;
 mod file;
 mod flatten;
+mod in_use;
 mod pressure;
 mod record;
 mod remove;

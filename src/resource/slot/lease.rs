@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::FlockOperation;
+
 use super::super::net::NetStep;
 use super::record::{ProcessIdentity, RECORD_BYTES, SlotRecord, read_record};
 use super::{SlotError, file_error};
@@ -21,6 +23,13 @@ pub struct SlotLease {
     pub(super) file: File,
     pub(super) record: Option<SlotRecord>,
     pub(super) faults: Faults,
+}
+
+impl Drop for SlotLease {
+    fn drop(&mut self) {
+        // Closing it is not enough while a process that was just forked has a copy.
+        let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
+    }
 }
 
 impl SlotLease {

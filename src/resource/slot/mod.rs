@@ -281,7 +281,16 @@ impl Slots {
         let file = match made {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(None),
-            Err(source) => return Err(file_error("make the slot file", &path, source)),
+            Err(source) => {
+                // It may have been made all the same: then it is empty and in nobody's hands.
+                if let Ok(lease) = self.adopt(index)
+                    && lease.record().is_none()
+                    && let Err(held) = lease.release()
+                {
+                    log::warn!("Slot {index}: {}", held.error);
+                }
+                return Err(file_error("make the slot file", &path, source));
+            }
         };
         // A sweep may have taken the empty file in between; then it removes it.
         if !lock(&file, &path)? || !is_at(&file, &path) {

@@ -1,0 +1,188 @@
+//! What all sandboxes of one root share: network, disks, settings.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rewake_sys::netns;
+
+use super::admission::{Admission, Limits};
+use super::error::{Cause, Error, Operation, file};
+use crate::deadline::Deadline;
+use crate::envd::{self, hedge::Hedge};
+use crate::fault::Faults;
+use crate::plan::{MemoryMode, MemoryPolicy};
+use crate::resource::disk::{DiskConfig, DiskMode, DiskPool};
+use crate::resource::net::{HostNet, NetConfig, NetError, PoolOptions, SlotPool};
+use crate::restore::Budgets;
+use crate::snapshot::{Durability, SnapshotLimits};
+use crate::units::Bytes;
+use crate::vmm::launch::LaunchSpec;
+
+/// What Cloud Hypervisor takes beside guest memory, with some of a guest's first pages.
+const VMM_MEMORY: Bytes = Bytes::mib(64);
+
+/// How a host is set up.
+#[derive(Debug, Clone)]
+pub struct HostConfig {
+    /// Where templates and sandboxes live.
+    pub root: PathBuf,
+    /// Where running VMs have their sockets and slots their records. Not on a disk: nothing in
+    /// it outlives a restart of the machine.
+    pub runtime_dir: PathBuf,
+    /// The namespace that slots are connected to, as a path; absent: the caller's.
+    pub netns: Option<PathBuf>,
+    /// How Cloud Hypervisor is started.
+    pub vmm: LaunchSpec,
+    /// Addresses and names of network slots.
+    pub net: NetConfig,
+    /// Slots prepared in advance.
+    pub slots: PoolOptions,
+    /// How disks are made.
+    pub disk: DiskConfig,
+    /// Which kind of disk.
+    pub disk_mode: DiskMode,
+    /// When a paused sandbox counts as safe.
+    pub durability: Durability,
+    /// What is admitted.
+    pub limits: Limits,
+    /// The port that the agent listens on in the guest.
+    pub guest_port: u16,
+    /// How readiness is probed.
+    pub hedge: Hedge,
+    /// How long the parts of a restore may take.
+    pub budgets: Budgets,
+    /// Bounds on what is read from a snapshot directory.
+    pub snapshot_limits: SnapshotLimits,
+    /// How long an operation may take that was given no deadline.
+    pub patience: Duration,
+    /// For tests: which calls fail.
+    pub faults: Faults,
+}
+
+impl HostConfig {
+    /// A host with its data under `root`, and defaults in everything else: Cloud Hypervisor
+    /// as `cloud-hypervisor` in one of the usual directories, `/run/rewake`, the address plan
+    /// of [`NetConfig`].
+    #[must_use]
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        let program = crate::doctor::find_program("cloud-hypervisor");
+        let program = program.unwrap_or_else(|| PathBuf::from("/usr/bin/cloud-hypervisor"));
+        Self {
+            root: root.into(),
+            runtime_dir: PathBuf::from("/run/rewake"),
+            netns: None,
+            vmm: LaunchSpec {
+                program,
+                ..LaunchSpec::default()
+            },
+            net: NetConfig::default(),
+            slots: PoolOptions::default(),
+            disk: DiskConfig::default(),
+            disk_mode: DiskMode::Auto,
+            durability: Durability::default(),
+            limits: Limits::default(),
+            guest_port: envd::PORT,
+            hedge: Hedge::default(),
+            budgets: Budgets::default(),
+            snapshot_limits: SnapshotLimits::default(),
+            patience: Duration::from_secs(180),
+            faults: Faults::NONE,
+        }
+    }
+
+    /// The same with another runtime directory, for everything that has one.
+    #[must_use]
+    pub fn with_runtime_dir(mut self, runtime_dir: impl Into<PathBuf>) -> Self {
+        self.runtime_dir = runtime_dir.into();
+        self.net.runtime_dir.clone_from(&self.runtime_dir);
+        self.disk.runtime_dir.clone_from(&self.runtime_dir);
+        self
+    }
+}
+
+/// What all sandboxes of one root share. Used by many threads.
+#[derive(Debug)]
+pub(crate) struct Context {
+    pub(crate) config: HostConfig,
+    pub(crate) net: Arc<HostNet>,
+    pub(crate) disks: DiskPool,
+    pub(crate) pool: SlotPool,
+    pub(crate) admission: Admission,
+}
+
+impl Context {
+    /// Opens network and disks, and makes the directories that are missing.
+    pub(crate) fn open(config: HostConfig, deadline: Deadline) -> Result<Self, Error> {
+        let failed = |cause| Error::of_host(Operation::Open, cause);
+        for dir in [super::dir::all(&config.root), config.runtime_dir.clone()] {
+            std::fs::create_dir_all(&dir).map_err(|error| failed(file("make", dir)(error)))?;
+        }
+        let net = open_net(&config).map_err(|error| failed(Cause::Network(error)))?;
+        net.prepare(deadline)
+            .map_err(|error| failed(Cause::Network(error)))?;
+        let net = Arc::new(net);
+        let pool = SlotPool::start(Arc::clone(&net), config.slots.clone());
+        let pool =
+            pool.map_err(|error| failed(file("start the slot pool of", &config.root)(error)))?;
+        Ok(Self {
+            disks: DiskPool::open(config.disk.clone(), config.faults.clone()),
+            admission: Admission::new(config.limits.clone()),
+            net,
+            pool,
+            config,
+        })
+    }
+
+    /// Where the agent of every guest listens, seen from inside its slot.
+    pub(crate) fn guest(&self) -> SocketAddr {
+        SocketAddr::from((self.net.config().guest_address, self.config.guest_port))
+    }
+
+    /// How memory comes back: as asked for, else as is best. `owned`: the snapshot belongs to
+    /// the sandbox alone.
+    pub(crate) fn memory_policy(asked: Option<MemoryMode>, owned: bool) -> MemoryPolicy {
+        asked.map_or(MemoryPolicy::Auto { owned }, MemoryPolicy::Only)
+    }
+
+    /// How much memory a sandbox may take at once: all of it where it is copied or filled in
+    /// the background, what Cloud Hypervisor itself needs where it is mapped.
+    pub(crate) fn needs(&self, mode: Option<MemoryMode>, memory: Bytes) -> Bytes {
+        match mode {
+            Some(MemoryMode::Copy | MemoryMode::OnDemand) => memory,
+            _ => memory.min(VMM_MEMORY),
+        }
+    }
+
+    /// How many sandboxes may have a VM, going by their journals.
+    pub(crate) fn running(&self) -> usize {
+        let all = super::dir::list(&self.config.root).unwrap_or_default();
+        let runs = |id| {
+            let dir = super::dir::SandboxDir::of(&self.config.root, id);
+            let story = super::journal::Journal::story_of(&dir.journal());
+            story.is_ok_and(|story| story.status.vm.is_some())
+        };
+        all.ids.iter().filter(|id| runs(id)).count()
+    }
+
+    /// The caller's deadline, or the host's patience where it has none.
+    pub(crate) fn deadline(&self, asked: Deadline) -> Deadline {
+        match asked.instant() {
+            Some(_) => asked,
+            None => Deadline::after(self.config.patience),
+        }
+    }
+}
+
+fn open_net(config: &HostConfig) -> Result<HostNet, NetError> {
+    let Some(path) = &config.netns else {
+        return HostNet::open(config.net.clone(), config.faults.clone());
+    };
+    let host = netns::open(path).map_err(|source| NetError::Call {
+        step: format!("open the host's namespace {}", path.display()),
+        source,
+    })?;
+    use std::os::fd::AsFd;
+    HostNet::open_in(host.as_fd(), config.net.clone(), config.faults.clone())
+}

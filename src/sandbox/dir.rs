@@ -1,0 +1,383 @@
+//! The directory of one sandbox, and the lock on it.
+//!
+//! ```text
+//!   ROOT/sandboxes/ID/
+//!     journal          what it is and what exists because of it
+//!     lock             held by whoever performs an operation on it
+//!     doomed           there once it is to be destroyed
+//!     disk/            its copy-on-write disk
+//!     snapshot.N/      life N, frozen; one of them counts, the journal says which
+//! ```
+//!
+//! A directory gets its name when its journal and lock are in it, and loses the name before
+//! anything in it is removed: what bears a sandbox's name is whole.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+
+use rustix::fs::{CWD, FlockOperation, RenameFlags};
+use rustix::io::Errno;
+
+use crate::deadline::Deadline;
+use crate::fault::Faults;
+use crate::ids::SandboxId;
+
+/// Beneath the root.
+const SANDBOXES: &str = "sandboxes";
+/// What directories are called that have no name yet, and no name any more.
+const UNNAMED: [&str; 2] = [".new-", ".gone-"];
+
+/// Where sandboxes live.
+#[must_use]
+pub(crate) fn all(root: &Path) -> PathBuf {
+    root.join(SANDBOXES)
+}
+
+/// The directory of one sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SandboxDir {
+    path: PathBuf,
+}
+
+/// The lock of a sandbox: whoever has it may change the sandbox. Freed when dropped, and when
+/// the process dies.
+#[derive(Debug)]
+pub(crate) struct DirLock {
+    file: File,
+}
+
+impl Drop for DirLock {
+    fn drop(&mut self) {
+        // Closing it is not enough while a process that was just forked has a copy.
+        let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
+    }
+}
+
+impl SandboxDir {
+    pub(crate) fn of(root: &Path, id: &SandboxId) -> Self {
+        Self {
+            path: all(root).join(id.as_str()),
+        }
+    }
+
+    /// Makes a directory without a name, locked from the start. Nothing is left of it where
+    /// that fails.
+    pub(crate) fn unnamed(
+        root: &Path,
+        id: &SandboxId,
+        faults: &Faults,
+    ) -> io::Result<(Self, DirLock)> {
+        let parent = all(root);
+        private().recursive(true).create(&parent)?;
+        let random = uuid::Uuid::new_v4().simple().to_string();
+        let path = parent.join(format!("{}{id}-{}", UNNAMED[0], &random[..8]));
+        let dir = Self { path };
+        let make = || {
+            private().create(&dir.path)?;
+            private().create(dir.disk())?;
+            dir.try_lock()?.ok_or(io::ErrorKind::WouldBlock.into())
+        };
+        match faults.call("make the sandbox directory", make) {
+            Ok(lock) => Ok((dir, lock)),
+            Err(error) => {
+                let _ = std::fs::remove_dir_all(&dir.path);
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives the directory its name; fails with `AlreadyExists` where that is taken.
+    pub(crate) fn name(self, root: &Path, id: &SandboxId) -> Result<Self, (Self, io::Error)> {
+        let named = Self::of(root, id);
+        match rename_new(&self.path, &named.path) {
+            Ok(()) => Ok(named),
+            Err(error) => Err((self, error)),
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn journal(&self) -> PathBuf {
+        self.path.join("journal")
+    }
+
+    pub(crate) fn disk(&self) -> PathBuf {
+        self.path.join("disk")
+    }
+
+    /// The snapshot of one life.
+    pub(crate) fn snapshot(&self, generation: u64) -> PathBuf {
+        self.path.join(format!("snapshot.{generation}"))
+    }
+
+    /// Where the snapshot of one life is put together.
+    pub(crate) fn staging(&self, generation: u64) -> PathBuf {
+        self.path.join(format!("snapshot.{generation}.new"))
+    }
+
+    /// All snapshot directories, finished and not.
+    pub(crate) fn snapshots(&self) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(&self.path)
+            .into_iter()
+            .flatten()
+            .flatten();
+        let named = |entry: &std::fs::DirEntry| {
+            entry.file_name().to_string_lossy().starts_with("snapshot.")
+        };
+        entries.filter(named).map(|entry| entry.path()).collect()
+    }
+
+    /// The log of Cloud Hypervisor, as far as anybody saved it.
+    pub(crate) fn vmm_log(&self) -> PathBuf {
+        self.path.join("vmm.log")
+    }
+
+    /// Marks the sandbox as one that is to be destroyed: operations under way end, and no
+    /// other begins.
+    pub(crate) fn doom(&self) -> io::Result<()> {
+        match File::create(self.path.join("doomed")) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn is_doomed(&self) -> bool {
+        self.path.join("doomed").exists()
+    }
+
+    fn lock_file(&self) -> PathBuf {
+        self.path.join("lock")
+    }
+
+    fn open_lock(&self) -> io::Result<File> {
+        OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(self.lock_file())
+    }
+
+    /// Whether the lock can be had at once. `NotFound` where the sandbox is gone.
+    pub(crate) fn try_lock(&self) -> io::Result<Option<DirLock>> {
+        let file = self.open_lock()?;
+        loop {
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return self.checked(file).map(Some),
+                Err(Errno::WOULDBLOCK) => return Ok(None),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    /// Waits for the lock; `None` once the deadline has passed.
+    ///
+    /// `flock` knows no time limit, so a thread waits in it. Where the deadline passes first,
+    /// the thread goes on waiting and lets go of the lock when it gets it.
+    pub(crate) fn lock(&self, deadline: Deadline) -> io::Result<Option<DirLock>> {
+        if let Some(lock) = self.try_lock()? {
+            return Ok(Some(lock));
+        }
+        let file = self.open_lock()?;
+        let (sender, receiver) = mpsc::sync_channel(1);
+        std::thread::Builder::new()
+            .name("rw-lock".to_owned())
+            .spawn(move || {
+                let locked = loop {
+                    match rustix::fs::flock(&file, FlockOperation::LockExclusive) {
+                        Err(Errno::INTR) => {}
+                        other => break other,
+                    }
+                };
+                // Nobody listens any more after the deadline: the file is closed here then.
+                let _ = sender.try_send(locked.map(|()| file));
+            })?;
+        let received = match deadline.remaining() {
+            Some(left) => receiver.recv_timeout(left).ok(),
+            None => receiver.recv().ok(),
+        };
+        match received {
+            None => Ok(None),
+            Some(Err(errno)) => Err(errno.into()),
+            Some(Ok(file)) => self.checked(file).map(Some),
+        }
+    }
+
+    /// The lock counts only if its file is still the one under the sandbox's name.
+    fn checked(&self, file: File) -> io::Result<DirLock> {
+        let there = std::fs::metadata(self.lock_file())?;
+        let ours = file.metadata()?;
+        if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) {
+            Ok(DirLock { file })
+        } else {
+            Err(io::ErrorKind::NotFound.into())
+        }
+    }
+
+    /// Removes the directory and all in it. It loses its name first, so that nobody ever sees
+    /// half of it.
+    pub(crate) fn remove(&self) -> io::Result<()> {
+        let Some(parent) = self.path.parent() else {
+            return Ok(());
+        };
+        let random = uuid::Uuid::new_v4().simple().to_string();
+        let gone = parent.join(format!("{}{}", UNNAMED[1], &random[..16]));
+        match std::fs::rename(&self.path, &gone) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other?,
+        }
+        // From here on a failure leaves something that every recovery removes.
+        std::fs::remove_dir_all(&gone)
+    }
+}
+
+/// What lies in the directory of all sandboxes.
+#[derive(Debug, Default)]
+pub(crate) struct Listing {
+    /// Sandboxes.
+    pub(crate) ids: Vec<SandboxId>,
+    /// Directories without a name that nobody holds: left by somebody who died.
+    pub(crate) unnamed: Vec<PathBuf>,
+    /// Whatever else there is.
+    pub(crate) foreign: Vec<PathBuf>,
+}
+
+/// Lists what lies in the directory of all sandboxes.
+pub(crate) fn list(root: &Path) -> io::Result<Listing> {
+    let mut listing = Listing::default();
+    let entries = match std::fs::read_dir(all(root)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(listing),
+        other => other?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let path = entry.path();
+        if UNNAMED.iter().any(|prefix| name.starts_with(prefix)) {
+            // Whoever makes one holds its lock; one without a lock file is being removed or
+            // was never finished.
+            let dir = SandboxDir { path: path.clone() };
+            let held = dir.lock_file().exists() && matches!(dir.try_lock(), Ok(None));
+            if !held {
+                listing.unnamed.push(path);
+            }
+        } else if let Ok(id) = SandboxId::new(name.as_ref())
+            && path.is_dir()
+        {
+            listing.ids.push(id);
+        } else {
+            listing.foreign.push(path);
+        }
+    }
+    listing.ids.sort_unstable();
+    Ok(listing)
+}
+
+/// Renames without ever replacing anything.
+pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE).map_err(Into::into)
+}
+
+fn private() -> DirBuilder {
+    let mut builder = DirBuilder::new();
+    builder.mode(0o700);
+    builder
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    struct Scratch(PathBuf);
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let name = format!("rewake-sandboxdir-{}-{name}", std::process::id());
+            Self(std::env::temp_dir().join(name))
+        }
+    }
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn id(text: &str) -> SandboxId {
+        SandboxId::new(text).unwrap()
+    }
+
+    #[test]
+    fn a_directory_is_locked_from_birth_and_its_name_is_taken_once() {
+        let scratch = Scratch::new("birth");
+        let (dir, lock) = SandboxDir::unnamed(&scratch.0, &id("a1"), &Faults::NONE).unwrap();
+        assert!(list(&scratch.0).unwrap().ids.is_empty());
+        assert!(list(&scratch.0).unwrap().unnamed.is_empty(), "it is held");
+        let named = dir.name(&scratch.0, &id("a1")).unwrap();
+        assert!(named.try_lock().unwrap().is_none());
+        assert_eq!(list(&scratch.0).unwrap().ids, [id("a1")]);
+        let (other, _) = SandboxDir::unnamed(&scratch.0, &id("a1"), &Faults::NONE).unwrap();
+        let (other, error) = other.name(&scratch.0, &id("a1")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(
+            list(&scratch.0).unwrap().unnamed,
+            [other.path().to_owned()],
+            "nobody holds it any more"
+        );
+        drop(lock);
+        assert!(named.try_lock().unwrap().is_some());
+    }
+
+    #[test]
+    fn whoever_waits_for_a_lock_gets_it_or_learns_that_the_sandbox_is_gone() {
+        let scratch = Scratch::new("wait");
+        for remove in [false, true] {
+            let name = id(if remove { "gone" } else { "stays" });
+            let (dir, lock) = SandboxDir::unnamed(&scratch.0, &name, &Faults::NONE).unwrap();
+            let dir = dir.name(&scratch.0, &name).unwrap();
+            let timed_out = dir.lock(Deadline::after(Duration::from_millis(10)));
+            assert!(timed_out.unwrap().is_none());
+            let waiter = std::thread::spawn({
+                let dir = dir.clone();
+                move || dir.lock(Deadline::after(Duration::from_secs(20)))
+            });
+            if remove {
+                dir.remove().unwrap();
+            }
+            drop(lock);
+            match waiter.join().unwrap() {
+                Ok(Some(_)) => assert!(!remove),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => assert!(remove),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn removing_twice_is_harmless_and_leaves_nothing() {
+        let scratch = Scratch::new("remove");
+        let (dir, _lock) = SandboxDir::unnamed(&scratch.0, &id("a"), &Faults::NONE).unwrap();
+        let dir = dir.name(&scratch.0, &id("a")).unwrap();
+        std::fs::create_dir(dir.snapshot(1)).unwrap();
+        dir.remove().unwrap();
+        dir.remove().unwrap();
+        assert_eq!(std::fs::read_dir(all(&scratch.0)).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_no_sandbox_is_foreign() {
+        let scratch = Scratch::new("foreign");
+        let parent = all(&scratch.0);
+        std::fs::create_dir_all(parent.join("UPPER")).unwrap();
+        std::fs::write(parent.join("file"), "").unwrap();
+        let listing = list(&scratch.0).unwrap();
+        assert_eq!(listing.foreign.len(), 2);
+        assert!(listing.ids.is_empty());
+    }
+}

@@ -1,0 +1,236 @@
+//! Launch: a fresh sandbox from a snapshot template.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::context::Context;
+use super::dir::SandboxDir;
+use super::error::{Cause, Error, Full, Operation, file};
+use super::hold::Hold;
+use super::journal::{Identity, Journal};
+use super::making::{Making, Ran};
+use crate::deadline::Deadline;
+use crate::envd::init::{Init, Lifecycle};
+use crate::ids::{SandboxId, SlotIndex, TemplateId};
+use crate::plan::{MemoryMode, RootDisk};
+use crate::resource::disk::{Disk, DiskFailure, DiskMode};
+use crate::resource::net::{CreateError, Slot};
+use crate::resource::slot::SlotError;
+use crate::restore::Gate;
+use crate::timeline::{Phase, Timeline};
+use crate::units::Bytes;
+
+/// How a sandbox is launched.
+#[derive(Debug, Clone)]
+pub struct LaunchOptions {
+    /// Its id; absent: a random one.
+    pub id: Option<SandboxId>,
+    /// What its agent is told. Lifecycle and ids are filled in.
+    pub init: Init,
+    /// Its network slot; absent: a prepared one, or the next that is free.
+    pub slot: Option<SlotIndex>,
+    /// Which kind of disk; absent: the host's choice.
+    pub disk_mode: Option<DiskMode>,
+    /// How its memory comes back; absent: the best that works.
+    pub memory_mode: Option<MemoryMode>,
+    /// When to give up. [`Deadline::NEVER`]: the host's patience.
+    pub deadline: Deadline,
+}
+
+impl Default for LaunchOptions {
+    fn default() -> Self {
+        Self {
+            id: None,
+            init: Init::new(),
+            slot: None,
+            disk_mode: None,
+            memory_mode: None,
+            deadline: Deadline::NEVER,
+        }
+    }
+}
+
+/// What a sandbox is launched from.
+#[derive(Debug, Clone)]
+pub(crate) struct Source {
+    pub(crate) template: Option<TemplateId>,
+    pub(crate) snapshot: PathBuf,
+    /// The base image of its disk; absent: it has no disk of its own.
+    pub(crate) base: Option<PathBuf>,
+    /// The directory that the recorded disk path lies in, where that must be kept.
+    pub(crate) sandbox_dir: Option<PathBuf>,
+    pub(crate) memory: Bytes,
+    pub(crate) vcpus: u64,
+}
+
+/// Acquires everything that the restore needs.
+pub(crate) fn prepare(
+    ctx: &Arc<Context>,
+    source: &Source,
+    options: LaunchOptions,
+) -> Result<Making, Error> {
+    let timeline = Timeline::start();
+    let deadline = ctx.deadline(options.deadline);
+    let id = options.id.clone().unwrap_or_else(SandboxId::random);
+    let failed = |cause| Error::new(&id, Operation::Launch, cause);
+    let place = ctx
+        .admission
+        .enter(ctx.needs(options.memory_mode, source.memory), || {
+            ctx.running()
+        })
+        .map_err(|full| failed(Cause::Full(full)))?;
+    let hold = begin(ctx, &id, source).map_err(failed)?;
+    let mut making = Making::new(hold, Operation::Launch, place, timeline, deadline);
+    if let Err(cause) = acquire(ctx, source, &options, &mut making) {
+        return Err(making.abandon(cause, Ran::No));
+    }
+    let gate = gate(&making.hold.dir);
+    let mode = options.memory_mode;
+    let init = told(options.init, &id, source.template.as_ref());
+    let sandbox_dir = source.sandbox_dir.clone();
+    making.specify(
+        &source.snapshot,
+        |inputs| {
+            inputs.template_id.clone_from(&source.template);
+            inputs.memory_mode = Context::memory_policy(mode, false);
+            if let (Some(sandbox_dir), RootDisk::At(device)) = (sandbox_dir, &inputs.disk) {
+                inputs.disk = RootDisk::AtRecordedPath {
+                    device: device.clone(),
+                    sandbox_dir,
+                };
+            }
+        },
+        init,
+        gate,
+    );
+    Ok(making)
+}
+
+/// Makes the directory and the journal of the sandbox, and gives it its name.
+fn begin(ctx: &Arc<Context>, id: &SandboxId, source: &Source) -> Result<Hold, Cause> {
+    let (root, faults) = (&ctx.config.root, &ctx.config.faults);
+    let (dir, lock) =
+        SandboxDir::unnamed(root, id, faults).map_err(file("make a sandbox directory in", root))?;
+    let mut identity = Identity::new(
+        id.clone(),
+        source.template.clone(),
+        source.memory,
+        source.vcpus,
+    );
+    identity.disk = source.base.is_some();
+    let discard = |dir: SandboxDir| {
+        if let Err(error) = dir.remove() {
+            log::warn!(
+                "{} is left to the next recovery: {error}",
+                dir.path().display()
+            );
+        }
+    };
+    if let Err(error) = Journal::create(&dir.journal(), identity, faults.clone()) {
+        discard(dir);
+        return Err(error.into());
+    }
+    let named = match dir.name(root, id) {
+        Ok(named) => named,
+        Err((dir, error)) => {
+            discard(dir);
+            let taken = error.kind() == std::io::ErrorKind::AlreadyExists;
+            return Err(if taken {
+                Cause::Exists
+            } else {
+                file("name the directory of a sandbox in", root)(error)
+            });
+        }
+    };
+    Hold::locked(ctx, id, named, lock)
+}
+
+/// Slot and disk, neither waiting for the other.
+fn acquire(
+    ctx: &Context,
+    source: &Source,
+    options: &LaunchOptions,
+    making: &mut Making,
+) -> Result<(), Cause> {
+    let (id, disks) = (making.hold.id.clone(), making.hold.dir.disk());
+    let deadline = making.deadline;
+    let mode = options.disk_mode.unwrap_or(ctx.config.disk_mode);
+    let make_disk = |base: &PathBuf| ctx.disks.create(&id, base, &disks, mode, deadline);
+    let make_slot = || slot(ctx, &id, options.slot, deadline);
+    let (slot, disk) = match &source.base {
+        None => (make_slot(), None),
+        Some(base) => std::thread::scope(|scope| {
+            let disk = scope.spawn(|| make_disk(base));
+            let slot = make_slot();
+            (slot, Some(joined(disk.join())))
+        }),
+    };
+    // Both are taken over before either's failure is looked at: what was made is undone.
+    let (slot, disk) = (
+        slot.map(|slot| making.own_slot(slot)),
+        disk.transpose().map(|disk| {
+            if let Some(disk) = disk {
+                making.own_disk(disk);
+                making.timeline.mark(Phase::DiskAcquired);
+            }
+        }),
+    );
+    slot?;
+    making.timeline.mark(Phase::SlotAcquired);
+    disk.map_err(|failure| Cause::Disk {
+        what: "make",
+        source: Box::new(failure),
+    })?;
+    let mut status = making.hold.status();
+    status.slot = making.slot_index();
+    making.hold.change(status)
+}
+
+/// A panic of the disk's thread goes on in ours.
+pub(crate) fn joined(
+    outcome: std::thread::Result<Result<Disk, DiskFailure>>,
+) -> Result<Disk, DiskFailure> {
+    outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn slot(
+    ctx: &Context,
+    id: &SandboxId,
+    index: Option<SlotIndex>,
+    deadline: Deadline,
+) -> Result<Slot, Cause> {
+    let owner = id.as_str();
+    let made = match index {
+        Some(index) => ctx.net.create_at(index, owner, deadline),
+        None => match ctx.pool.take(owner) {
+            Ok(Some(slot)) => Ok(slot),
+            Ok(None) => ctx.net.create(owner, deadline),
+            Err(error) => Err(error.into()),
+        },
+    };
+    made.map_err(|error| match error {
+        CreateError::Slot(SlotError::Exhausted(slots)) => Cause::Full(Full::Slots { slots }),
+        error => Cause::Slot(error),
+    })
+}
+
+/// Nothing comes to life that was destroyed meanwhile.
+pub(crate) fn gate(dir: &SandboxDir) -> Gate {
+    let dir = dir.clone();
+    Gate(Arc::new(move || {
+        if dir.is_doomed() {
+            return Err(std::io::Error::other("the sandbox is being destroyed"));
+        }
+        Ok(())
+    }))
+}
+
+/// What the agent is told: with the ids, and a life of its own.
+fn told(init: Init, id: &SandboxId, template: Option<&TemplateId>) -> Init {
+    Init {
+        lifecycle: Lifecycle::random(),
+        sandbox_id: Some(id.to_string()),
+        template_id: template.map(ToString::to_string).or(init.template_id),
+        ..init
+    }
+}

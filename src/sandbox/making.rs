@@ -1,0 +1,313 @@
+//! What launch and resume share: a sandbox on its way to running.
+//!
+//! Both acquire a slot and a disk, each in its own way ([`super::launch`], [`super::resume`]),
+//! and then go the same way: one restore, one note that it runs. Whoever drives the restore,
+//! the blocking calls or a [`Driver`](crate::host::Driver), hands its outcome to
+//! [`Making::conclude`]; a making that is dropped before is undone.
+
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::Sandbox;
+use super::admission::Place;
+use super::error::{Cause, Error, Operation, Remains};
+use super::hold::{Hold, UNDO_BUDGET};
+use super::journal::Journal;
+use super::state::{RunningVm, State, Status};
+use super::untouched::Print;
+use crate::deadline::Deadline;
+use crate::envd::init::Init;
+use crate::ids::SlotIndex;
+use crate::plan::{MemoryMode, RestoreInputs, RootDisk};
+use crate::resource::disk::Disk;
+use crate::resource::ledger::{Step, StepLog};
+use crate::resource::net::Slot;
+use crate::resource::slot::ProcessIdentity;
+use crate::restore::{self, Gate, RestoreError, RestoreSpec, Restored, Stage};
+use crate::timeline::{Phase, Timeline};
+use crate::vmm::api::ApiError;
+
+/// Writes the steps of a restore into the sandbox's journal, and the process into the record
+/// of its slot, which is not freed while that process lives.
+#[derive(Debug)]
+pub(crate) struct Recorder {
+    journal: Arc<Journal>,
+    slot: Mutex<Option<Slot>>,
+}
+
+impl Recorder {
+    fn with_slot<T>(&self, work: impl FnOnce(&mut Option<Slot>) -> T) -> T {
+        let mut slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
+        work(&mut slot)
+    }
+
+    fn set_vmm(&self, vmm: Option<ProcessIdentity>) -> io::Result<()> {
+        self.with_slot(|slot| match slot {
+            Some(slot) => slot.set_vmm(vmm).map_err(io::Error::other),
+            None => Ok(()),
+        })
+    }
+}
+
+impl StepLog for Recorder {
+    fn made(&self, step: &Step) -> io::Result<()> {
+        self.journal.made(step)?;
+        if let Step::Process { pid, start_time } = step {
+            let (pid, start_time) = (*pid, *start_time);
+            self.set_vmm(Some(ProcessIdentity { pid, start_time }))?;
+        }
+        Ok(())
+    }
+
+    fn undone(&self, step: &Step) {
+        self.journal.undone(step);
+        if matches!(step, Step::Process { .. })
+            && let Err(error) = self.set_vmm(None)
+        {
+            // The process is dead, which anybody who asks will find.
+            log::debug!("The slot still names its VMM: {error}");
+        }
+    }
+}
+
+/// A sandbox on its way to running.
+#[derive(Debug)]
+pub(crate) struct Making {
+    pub(crate) hold: Hold,
+    pub(crate) operation: Operation,
+    pub(crate) timeline: Timeline,
+    pub(crate) deadline: Deadline,
+    recorder: Arc<Recorder>,
+    disk: Option<Disk>,
+    spec: Option<RestoreSpec>,
+    /// Its place among those that the host has let in.
+    _place: Place,
+    concluded: bool,
+}
+
+impl Making {
+    pub(crate) fn new(
+        hold: Hold,
+        operation: Operation,
+        place: Place,
+        timeline: Timeline,
+        deadline: Deadline,
+    ) -> Self {
+        Self {
+            recorder: Arc::new(Recorder {
+                journal: Arc::clone(&hold.journal),
+                slot: Mutex::new(None),
+            }),
+            hold,
+            operation,
+            timeline,
+            deadline,
+            disk: None,
+            spec: None,
+            _place: place,
+            concluded: false,
+        }
+    }
+
+    /// Takes over what was acquired.
+    pub(crate) fn own_slot(&mut self, slot: Slot) {
+        self.recorder.with_slot(|place| *place = Some(slot));
+    }
+
+    pub(crate) fn own_disk(&mut self, disk: Disk) {
+        self.disk = Some(disk);
+    }
+
+    pub(crate) fn slot_index(&self) -> Option<SlotIndex> {
+        self.recorder
+            .with_slot(|slot| slot.as_ref().map(Slot::index))
+    }
+
+    pub(crate) fn disk(&self) -> Option<&Disk> {
+        self.disk.as_ref()
+    }
+
+    /// Works out the restore: slot and disk are there.
+    pub(crate) fn specify(
+        &mut self,
+        snapshot: &Path,
+        adjust: impl FnOnce(&mut RestoreInputs),
+        init: Init,
+        gate: Gate,
+    ) {
+        let ctx = &self.hold.ctx;
+        let mut inputs = RestoreInputs::new(self.hold.id.clone(), snapshot);
+        inputs.slot = self.slot_index();
+        inputs.tap = Some(ctx.net.config().tap_name.0.clone());
+        if let Some(disk) = &self.disk {
+            inputs.disk = RootDisk::At(disk.path().to_owned());
+        }
+        adjust(&mut inputs);
+        let mut spec = RestoreSpec::new(inputs, &ctx.config.vmm.program, ctx.guest());
+        spec.vmm = ctx.config.vmm.clone();
+        spec.runtime_dir.clone_from(&ctx.config.runtime_dir);
+        spec.netns = self.recorder.with_slot(|slot| {
+            let slot = slot.as_ref();
+            slot.map(|slot| slot.netns_path().to_owned())
+        });
+        spec.hedge = ctx.config.hedge.clone();
+        spec.snapshot_limits = ctx.config.snapshot_limits;
+        spec.init = Some(init);
+        spec.budgets = ctx.config.budgets;
+        spec.log = Some(Arc::clone(&self.recorder) as Arc<dyn StepLog>);
+        spec.gate = Some(gate);
+        spec.timeline = Some(self.timeline.clone());
+        self.spec = Some(spec);
+    }
+
+    /// The restore that is to be driven.
+    pub(crate) fn spec(&self) -> &RestoreSpec {
+        // Invariant: `specify` is the last step of what makes a making.
+        self.spec
+            .as_ref()
+            .unwrap_or_else(|| unreachable!("specified"))
+    }
+
+    /// Restores, blocking, and concludes.
+    pub(crate) fn run(self) -> Result<Sandbox, Error> {
+        let outcome = restore::restore(self.spec(), self.deadline);
+        self.conclude(outcome)
+    }
+
+    /// Notes that the sandbox runs, or undoes what was made for it.
+    pub(crate) fn conclude(
+        mut self,
+        outcome: Result<Restored, RestoreError>,
+    ) -> Result<Sandbox, Error> {
+        let restored = match outcome {
+            Ok(restored) => restored,
+            Err(error) => return Err(self.failed(error)),
+        };
+        let status = self.running(&restored);
+        if let Err(error) = self.hold.change(status.clone()) {
+            return Err(self.unrecorded(restored, error));
+        }
+        self.concluded = true;
+        let timeline = restored.timeline.clone();
+        // From here on the journal answers for the process.
+        drop(restored.into_parts());
+        // Both stay as they are, without anybody holding them.
+        self.recorder.with_slot(Option::take);
+        drop(self.disk.take());
+        let mut sandbox = Sandbox::new(&self.hold.ctx, &self.hold.id, &status, timeline);
+        if status.vm.as_ref().is_some_and(|vm| vm.lazy) {
+            sandbox.begin_preload(&status, self.deadline);
+        }
+        Ok(sandbox)
+    }
+
+    /// It runs, and that cannot be written down. A fresh sandbox is removed; what a resumed
+    /// one has in memory is worth more than an orderly end, so it is left to recovery, which
+    /// adopts it.
+    fn unrecorded(&mut self, restored: Restored, error: Cause) -> Error {
+        if self.operation == Operation::Launch {
+            let left = restored.destroy(Deadline::after(UNDO_BUDGET));
+            let left = left.into_iter().map(Remains::Step).collect();
+            return self.abandon(error, Ran::Perhaps).with_leftovers(left);
+        }
+        self.concluded = true;
+        drop(restored.into_parts());
+        self.recorder.with_slot(Option::take);
+        drop(self.disk.take());
+        let cause = Cause::Unrecorded(Box::new(error));
+        Error::new(&self.hold.id, self.operation, cause)
+    }
+
+    fn running(&self, restored: &Restored) -> Status {
+        let mut status = self.hold.status().now(State::Running);
+        status.slot = self.slot_index();
+        let lifecycle = restored.init.as_ref().map(|init| init.lifecycle);
+        let asked = || self.spec().init.as_ref().map(|init| init.lifecycle);
+        status.vm = Some(RunningVm {
+            process: ProcessIdentity {
+                pid: restored.vmm.pid(),
+                start_time: restored.vmm.start_time(),
+            },
+            vm_dir: restored.vm_dir.clone(),
+            memory_mode: restored.memory_mode.name().to_owned(),
+            lifecycle: lifecycle
+                .or_else(asked)
+                .unwrap_or_else(|| Init::new().lifecycle),
+            lazy: restored.memory_mode == MemoryMode::OnDemand,
+            vmm: restored.build.clone(),
+        });
+        status
+    }
+
+    fn failed(&mut self, error: RestoreError) -> Error {
+        let ran = Ran::judge(&error);
+        let doomed = self.hold.dir.is_doomed();
+        let cause = if doomed {
+            Cause::Doomed
+        } else {
+            Cause::Restore {
+                stage: error.stage,
+                source: error.cause,
+                log: error.log,
+            }
+        };
+        let left = error.leftovers.into_iter().map(Remains::Step).collect();
+        self.abandon(cause, ran).with_leftovers(left)
+    }
+
+    /// Undoes what was made so far, and says why.
+    pub(crate) fn abandon(&mut self, cause: impl Into<Cause>, ran: Ran) -> Error {
+        let left = self.undo(ran);
+        Error::new(&self.hold.id, self.operation, cause).with_leftovers(left)
+    }
+
+    fn undo(&mut self, ran: Ran) -> Vec<Remains> {
+        self.concluded = true;
+        // What undoing needs is found by its record; nobody must hold it then.
+        let slot = self.recorder.with_slot(Option::take);
+        let disk = self.disk.take();
+        if self.operation == Operation::Launch {
+            drop((slot, disk));
+            return self.hold.remove_all(Deadline::after(UNDO_BUDGET));
+        }
+        super::resume::put_back(&self.hold, slot, disk, ran)
+    }
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        if !self.concluded {
+            for remains in self.undo(Ran::Perhaps) {
+                log::warn!("Left over: {remains}");
+            }
+        }
+    }
+}
+
+/// Whether the vCPUs of a restore that failed have run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ran {
+    /// Certainly not.
+    No,
+    /// They may have.
+    Perhaps,
+}
+
+impl Ran {
+    /// They have not where `vm.restore` was never sent, or was refused.
+    fn judge(error: &RestoreError) -> Self {
+        let refused = matches!(*error.cause, restore::Cause::Api(ApiError::Refused { .. }));
+        match error.stage {
+            Stage::Check | Stage::Plan | Stage::Prepare | Stage::Launch | Stage::Gate => Self::No,
+            Stage::Restore if refused && error.timeline.at(Phase::Resumed).is_none() => Self::No,
+            _ => Self::Perhaps,
+        }
+    }
+}
+
+/// What a resume proves later by: the disk and the memory file as they are before.
+pub(crate) fn prints(disk: Option<&Disk>, memory: Option<&Path>) -> Option<Vec<Print>> {
+    let paths = disk.map(Disk::path).into_iter().chain(memory);
+    paths.map(Print::take).collect()
+}

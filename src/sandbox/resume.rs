@@ -1,0 +1,224 @@
+//! Resume: a paused sandbox goes on, with its id, its slot and its disk.
+
+use std::io;
+use std::sync::Arc;
+
+use super::context::Context;
+use super::error::{Cause, Error, Operation, Remains, file};
+use super::hold::{Hold, UNDO_BUDGET};
+use super::launch;
+use super::making::{Making, Ran, prints};
+use super::state::{State, Status};
+use super::untouched::Print;
+use crate::deadline::Deadline;
+use crate::envd::init::{Init, Lifecycle};
+use crate::ids::SandboxId;
+use crate::plan::MemoryMode;
+use crate::resource::disk::Disk;
+use crate::resource::net::{CreateError, Slot};
+use crate::restore::Gate;
+use crate::snapshot::{MEMORY_FILE, ZONE_FILE};
+use crate::timeline::{Phase, Timeline};
+
+/// How a sandbox is resumed.
+#[derive(Debug, Clone)]
+pub struct ResumeOptions {
+    /// What its agent is told. Lifecycle and ids are filled in.
+    pub init: Init,
+    /// How its memory comes back; absent: the best that works.
+    pub memory_mode: Option<MemoryMode>,
+    /// When to give up. [`Deadline::NEVER`]: the host's patience.
+    pub deadline: Deadline,
+}
+
+impl Default for ResumeOptions {
+    fn default() -> Self {
+        Self {
+            init: Init::new(),
+            memory_mode: None,
+            deadline: Deadline::NEVER,
+        }
+    }
+}
+
+/// Takes up everything that the restore needs.
+pub(crate) fn prepare(
+    ctx: &Arc<Context>,
+    id: &SandboxId,
+    options: ResumeOptions,
+) -> Result<Making, Error> {
+    let timeline = Timeline::start();
+    let deadline = ctx.deadline(options.deadline);
+    let failed = |cause| Error::new(id, Operation::Resume, cause);
+    let hold = Hold::take(ctx, id, Operation::Resume)?;
+    let paused = hold.expect(State::Paused).map_err(failed)?;
+    let memory = hold.journal.story().identity.memory;
+    let place = ctx
+        .admission
+        .enter(ctx.needs(options.memory_mode, memory), || ctx.running())
+        .map_err(|full| failed(Cause::Full(full)))?;
+    let snapshot = hold.dir.snapshot(paused.generation);
+    let mut resuming = paused.now(State::Resuming);
+    resuming.generation += 1;
+    hold.change(resuming).map_err(failed)?;
+    let mut making = Making::new(hold, Operation::Resume, place, timeline, deadline);
+    if let Err(cause) = acquire(ctx, &paused, &mut making) {
+        return Err(making.abandon(cause, Ran::No));
+    }
+    // The memory file of this life, written to in one mode only: where it is not, the proof
+    // is as good.
+    let memory = [ZONE_FILE, MEMORY_FILE].map(|name| snapshot.join(name));
+    let memory = memory.iter().find(|path| path.exists());
+    let proof = prints(making.disk(), memory.map(std::path::PathBuf::as_path));
+    let gate = consume(&making.hold, proof);
+    let init = Init {
+        lifecycle: Lifecycle::random(),
+        sandbox_id: Some(id.to_string()),
+        ..options.init
+    };
+    let mode = options.memory_mode;
+    making.specify(
+        &snapshot,
+        |inputs| inputs.memory_mode = Context::memory_policy(mode, true),
+        init,
+        gate,
+    );
+    Ok(making)
+}
+
+/// Slot and disk, neither waiting for the other.
+fn acquire(ctx: &Context, paused: &Status, making: &mut Making) -> Result<(), Cause> {
+    let (id, disks) = (making.hold.id.clone(), making.hold.dir.disk());
+    let has_disk = making.hold.journal.story().identity.disk;
+    let deadline = making.deadline;
+    let take_slot = || -> Result<Option<Slot>, Cause> {
+        let Some(index) = paused.slot else {
+            return Ok(None);
+        };
+        let lease = ctx.net.slots().reserve(index, id.as_str())?;
+        let slot = ctx.net.revive(lease, deadline);
+        slot.map(Some)
+            .map_err(|failure| Cause::Slot(CreateError::Build(failure)))
+    };
+    let (slot, disk) = if has_disk {
+        std::thread::scope(|scope| {
+            let disk = scope.spawn(|| ctx.disks.attach(&id, &disks, deadline));
+            let slot = take_slot();
+            (slot, Some(launch::joined(disk.join())))
+        })
+    } else {
+        (take_slot(), None)
+    };
+    let (slot, disk) = (
+        slot.map(|slot| {
+            if let Some(slot) = slot {
+                making.own_slot(slot);
+            }
+        }),
+        disk.transpose().map(|disk| {
+            if let Some(disk) = disk {
+                making.own_disk(disk);
+                making.timeline.mark(Phase::DiskAcquired);
+            }
+        }),
+    );
+    slot?;
+    making.timeline.mark(Phase::SlotAcquired);
+    disk.map_err(|failure| Cause::Disk {
+        what: "attach",
+        source: Box::new(failure),
+    })
+}
+
+/// The snapshot is marked as consumed, durably, before the vCPUs may run: from then on it
+/// does not go with disk and memory any more, unless it is proven that they did not run.
+fn consume(hold: &Hold, proof: Option<Vec<Print>>) -> Gate {
+    let (journal, dir) = (Arc::clone(&hold.journal), hold.dir.clone());
+    Gate(Arc::new(move || {
+        if dir.is_doomed() {
+            return Err(io::Error::other("the sandbox is being destroyed"));
+        }
+        let mut status = journal.status();
+        status.consumed = true;
+        status.proof.clone_from(&proof);
+        journal.commit(status).map_err(io::Error::other)
+    }))
+}
+
+/// After a resume that failed: the sandbox is paused as before, where its snapshot still goes
+/// with its disk; else it is lost.
+pub(crate) fn put_back(
+    hold: &Hold,
+    slot: Option<Slot>,
+    disk: Option<Disk>,
+    ran: Ran,
+) -> Vec<Remains> {
+    let status = hold.status();
+    let mut left = hold.end_vm(Deadline::after(UNDO_BUDGET));
+    drop(disk);
+    if !left.is_empty() {
+        // A VM that may still run has slot and disk; recovery goes on from here.
+        return left;
+    }
+    let untouched = !status.consumed
+        || ran == Ran::No
+        || status
+            .proof
+            .as_ref()
+            .is_some_and(|prints| prints.iter().all(Print::is_unchanged));
+    if !untouched {
+        drop(slot);
+        left.extend(hold.lose("its resume failed after it may have run"));
+        return left;
+    }
+    if let Some(mut slot) = slot
+        && let Err(error) = slot.lease().set_parked(true)
+    {
+        log::warn!(
+            "Sandbox {}: its slot is not marked as kept: {error}",
+            hold.id
+        );
+    }
+    let mut paused = status.now(State::Paused);
+    paused.generation -= 1;
+    paused.consumed = false;
+    paused.proof = None;
+    paused.vm = None;
+    if let Err(error) = hold.journal.commit(paused) {
+        let error = io::Error::other(error);
+        left.push(Remains::File(hold.dir.journal(), error));
+    }
+    left
+}
+
+/// Marks the slot of a sandbox that is paused as kept for it. After a restart of the machine
+/// there is no record of it any more, and it is made anew.
+pub(crate) fn keep_slot(hold: &Hold, status: &Status) -> Result<(), Cause> {
+    let Some(index) = status.slot else {
+        return Ok(());
+    };
+    let slots = hold.ctx.net.slots();
+    match slots.record(index) {
+        Ok(Some(record)) if record.parked && record.owner == hold.id.as_str() => Ok(()),
+        Ok(Some(record)) if record.owner == hold.id.as_str() => {
+            let mut lease = slots.adopt(index)?;
+            lease.set_vmm(None)?;
+            lease.park().map_err(Cause::from)
+        }
+        _ => {
+            let lease = slots.reserve(index, hold.id.as_str())?;
+            lease.park().map_err(Cause::from)
+        }
+    }
+}
+
+/// Removes what is left of earlier lives.
+pub(crate) fn forget_snapshots(hold: &Hold, keep: Option<u64>) -> Result<(), Cause> {
+    let keep = keep.map(|generation| hold.dir.snapshot(generation));
+    for path in hold.dir.snapshots() {
+        if Some(&path) != keep.as_ref() {
+            std::fs::remove_dir_all(&path).map_err(file("remove", &path))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,126 @@
+//! Proof that a VM wrote nothing: neither to its disk nor to its memory file.
+//!
+//! A resume that fails after the vCPUs may have run leaves a snapshot that may not go with
+//! the disk any more. Where the kernel says that nothing was written since, it does.
+
+use std::fs::Metadata;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// What a file or block device looked like before.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Print {
+    path: PathBuf,
+    mark: Mark,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Mark {
+    /// Size and time of the last write of a file, and its inode.
+    File {
+        inode: u64,
+        size: u64,
+        written: (i64, i64),
+    },
+    /// Write requests that a block device has seen (`Documentation/block/stat.rst`), and
+    /// which device it is.
+    Device { device: u64, writes: u64 },
+}
+
+impl Print {
+    /// How it looks now; `None` where that cannot be told, which proves nothing later.
+    #[must_use]
+    pub fn take(path: &Path) -> Option<Self> {
+        let found = std::fs::metadata(path).ok()?;
+        let mark = if found.file_type().is_block_device() {
+            Mark::Device {
+                device: found.rdev(),
+                writes: writes(&found)?,
+            }
+        } else if times_tell(path) {
+            Mark::File {
+                inode: found.ino(),
+                size: found.size(),
+                written: (found.mtime(), found.mtime_nsec()),
+            }
+        } else {
+            return None;
+        };
+        Some(Self {
+            path: path.to_owned(),
+            mark,
+        })
+    }
+
+    /// Whether it looks the same.
+    #[must_use]
+    pub fn is_unchanged(&self) -> bool {
+        Self::take(&self.path).as_ref() == Some(self)
+    }
+}
+
+/// Field 5 of the device's `stat`: writes completed; and field 9: requests in flight, which
+/// must be none.
+fn writes(device: &Metadata) -> Option<u64> {
+    let (major, minor) = (
+        rustix::fs::major(device.rdev()),
+        rustix::fs::minor(device.rdev()),
+    );
+    let text = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/stat")).ok()?;
+    count(&text)
+}
+
+fn count(stat: &str) -> Option<u64> {
+    let fields: Vec<u64> = stat
+        .split_ascii_whitespace()
+        .map(str::parse)
+        .collect::<Result<_, _>>()
+        .ok()?;
+    let (writes, in_flight) = (fields.get(4)?, fields.get(8)?);
+    (*in_flight == 0).then_some(*writes)
+}
+
+/// Writes through a mapping change a file's times on file systems with a disk under them; on
+/// tmpfs they do not.
+fn times_tell(path: &Path) -> bool {
+    // TMPFS_MAGIC, include/uapi/linux/magic.h.
+    const TMPFS: rustix::fs::FsWord = 0x0102_1994;
+    rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type != TMPFS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_was_written_to_is_told_from_one_that_was_only_read() {
+        // Not /tmp, which may be in memory.
+        let path = std::env::current_dir()
+            .unwrap()
+            .join(format!("target/untouched-{}", std::process::id()));
+        std::fs::write(&path, "before").unwrap();
+        let print = Print::take(&path).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"before");
+        assert!(print.is_unchanged());
+        // The clock of the file system ticks every few milliseconds.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::fs::write(&path, "behind").unwrap();
+        assert!(!print.is_unchanged());
+        std::fs::remove_file(&path).unwrap();
+        assert!(!print.is_unchanged());
+    }
+
+    #[test]
+    fn writes_are_counted_and_requests_in_flight_prove_nothing() {
+        let idle = "  10 0 80 1 7 0 56 2 0 3 3 0 0 0 0 0 0\n";
+        assert_eq!(count(idle), Some(7));
+        let busy = "  10 0 80 1 7 0 56 2 1 3 3 0 0 0 0 0 0\n";
+        assert_eq!(count(busy), None);
+        for bad in ["", "1 2 3", "a b c d e f g h i"] {
+            assert_eq!(count(bad), None, "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! Sandboxes with the stand-in: the whole story, every step failing in turn, hosts that die.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+#[path = "../netlab/mod.rs"]
+mod netlab;
+
+mod faults;
+mod lab;
+mod story;
