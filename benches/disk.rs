@@ -8,21 +8,27 @@
 //!
 //! Every disk must read as its base image and take a write before it counts. rewake makes
 //! its files durable (`fsync` of both and of the directory), the commands do not; what
-//! attaching alone costs is measured besides.
+//! attaching alone costs is measured besides. Removal is measured one by one, sixteen at
+//! once (the commands' at the same time, too), and as what a caller pays who leaves the
+//! rest to the kernel; besides, what the kernel's own part is.
 
 #[path = "../tests/disklab/mod.rs"]
 mod disklab;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use disklab::{BLOCK, Lab, Place, pattern, read_all, run, soon, write_block};
-use rewake::fault::Faults;
+use rewake::fault::{Faults, Inject};
 use rewake::resource::disk::{DiskKind, DiskMode};
+use rustix::io::Errno;
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/conventional-disk.sh");
 const SIZE: u64 = 64 << 20;
+/// Disks that are removed at once.
+const BATCH: usize = 16;
 
 fn main() {
     let rounds = std::env::args().find_map(|argument| argument.parse().ok());
@@ -36,35 +42,81 @@ fn main() {
     print_machine();
     let base = lab.base("base.raw", SIZE);
     let image = read_all(&base);
-    let pool = lab.open(Faults::NONE);
+    let removal = Arc::new(Removal::default());
+    let pool = lab.open(Faults::inject(removal.clone()));
     let mode = DiskMode::Only(DiskKind::DmSnapshot);
     // Keeps the base image attached for both, as on a host that is in use.
     let keeper = pool
         .create(&lab.id("keeper"), &base, &lab.disks(), mode, soon())
         .expect("a disk");
-    let store_bytes = keeper.record().store_bytes;
-    let mut samples: [Samples; 6] = Default::default();
-    let [created, detached, attached, removed, theirs, theirs_gone] = &mut samples;
+    let mut samples: [Samples; 11] = Default::default();
+    let [
+        created,
+        detached,
+        attached,
+        removed,
+        removed_by_kernel,
+        retired,
+        together,
+        theirs,
+        theirs_gone,
+        theirs_together,
+        theirs_by_kernel,
+    ] = &mut samples;
+    let conventional = Conventional {
+        script: &script,
+        prefix: &lab.prefix,
+        base: &base,
+        disks: lab.disks(),
+        bytes: keeper.record().store_bytes,
+    };
     for round in 0..rounds {
         let id = lab.id(&format!("r{round}"));
-        let disk = created.time(|| pool.create(&id, &base, &lab.disks(), mode, soon()));
-        let disk = disk.expect("a disk");
+        let make = || pool.create(&id, &base, &lab.disks(), mode, soon());
+        let disk = created.time(make).expect("a disk");
         check(disk.path(), &image);
         detached
             .time(|| pool.remove(disk, true, soon()))
             .expect("detached");
         let disk = attached.time(|| pool.attach(&id, &lab.disks(), soon()));
+        removal.take();
         removed
             .time(|| pool.remove(disk.expect("a disk"), false, soon()))
             .expect("removed");
+        removed_by_kernel.0.push(removal.take());
 
-        let name = format!("rewake-{}-conventional", lab.prefix);
-        let store = lab.disks().join("conventional.cow");
-        let (path, bytes) = (store.to_str().expect("text"), store_bytes.to_string());
-        let from = base.to_str().expect("text");
-        theirs.time(|| run(&script, &["create", &name, from, path, &bytes]));
-        check(&node(&name), &image);
-        theirs_gone.time(|| run(&script, &["remove", &name, path]));
+        theirs.time(|| conventional.create(0));
+        check(&node(&conventional.name(0)), &image);
+        theirs_gone.time(|| conventional.remove(&[0]));
+
+        let disk = make().expect("a disk");
+        check(disk.path(), &image);
+        retired.time(|| pool.retire(disk, soon())).expect("retired");
+        // What the kernel still does is not to slow the next ones.
+        while lab.census().len() > 5 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+
+        // The kernel's part of the commands' removal, for comparison: `dmsetup remove`.
+        conventional.create(0);
+        check(&node(&conventional.name(0)), &image);
+        let dmsetup = ["remove", "--retry", &conventional.name(0)];
+        theirs_by_kernel.time(|| run("dmsetup", &dmsetup));
+        conventional.tidy(0);
+
+        if round % 5 == 0 {
+            let disks = (0..BATCH).map(|i| {
+                let id = lab.id(&format!("b{i}"));
+                let disk = pool.create(&id, &base, &lab.disks(), mode, soon());
+                disk.expect("a disk")
+            });
+            let disks = disks.collect();
+            let failures = together.share(BATCH, || pool.remove_all(disks, false, soon()));
+            assert!(failures.is_empty(), "{failures:?}");
+            let all: Vec<usize> = (0..BATCH).collect();
+            all.iter().for_each(|i| conventional.create(*i));
+            theirs_together.share(BATCH, || conventional.remove(&all));
+        }
     }
     pool.remove(keeper, false, soon()).expect("removed");
     lab.assert_clean("after the benchmark");
@@ -72,16 +124,93 @@ fn main() {
     attached.print("rewake: attach a disk");
     detached.print("rewake: detach a disk, durable");
     removed.print("rewake: remove a disk");
+    removed_by_kernel.print("  of that in DM_DEV_REMOVE");
+    retired.print("rewake: retire a disk, the kernel removes it");
+    together.print("rewake: remove one of 16 at once");
     theirs.print("commands: create a disk");
     theirs_gone.print("commands: remove a disk");
+    theirs_by_kernel.print("  dmsetup remove alone");
+    theirs_together.print("commands: remove one of 16 at once");
     let ratio =
         |a: &mut Samples, b: &mut Samples| a.median().as_secs_f64() / b.median().as_secs_f64();
     println!(
-        "ratio of medians: create {:.1}, attach against create {:.1}, remove {:.1}",
+        "ratio of medians: create {:.1}, attach against create {:.1}, remove {:.1}, \
+         retire {:.1}, remove 16 at once {:.1}",
         ratio(theirs, created),
         ratio(theirs, attached),
         ratio(theirs_gone, removed),
+        ratio(theirs_gone, retired),
+        ratio(theirs_together, together),
     );
+}
+
+/// Disks made and removed with the commands.
+struct Conventional<'a> {
+    script: &'a str,
+    prefix: &'a str,
+    base: &'a Path,
+    disks: PathBuf,
+    bytes: u64,
+}
+
+impl Conventional<'_> {
+    fn name(&self, i: usize) -> String {
+        format!("rewake-{}-conventional{i}", self.prefix)
+    }
+
+    fn store(&self, i: usize) -> String {
+        let path = self.disks.join(format!("conventional{i}.cow"));
+        path.to_str().expect("text").to_owned()
+    }
+
+    fn create(&self, i: usize) {
+        let (name, store, bytes) = (self.name(i), self.store(i), self.bytes.to_string());
+        let base = self.base.to_str().expect("text");
+        run(self.script, &["create", &name, base, &store, &bytes]);
+    }
+
+    /// All of them at the same time.
+    fn remove(&self, all: &[usize]) {
+        std::thread::scope(|scope| {
+            for i in all {
+                scope.spawn(|| run(self.script, &["remove", &self.name(*i), &self.store(*i)]));
+            }
+        });
+    }
+
+    /// What is left once the mapping is gone.
+    fn tidy(&self, i: usize) {
+        let store = self.store(i);
+        let device = run("losetup", &["-n", "-O", "NAME", "-j", &store]);
+        run("losetup", &["-d", device.trim()]);
+        std::fs::remove_file(store).expect("removed");
+    }
+}
+
+/// Adds up how long the removal of devices takes in the kernel.
+#[derive(Default)]
+struct Removal(Mutex<(Option<Instant>, Duration)>);
+
+impl Removal {
+    fn take(&self) -> Duration {
+        std::mem::take(&mut self.0.lock().expect("no panic").1)
+    }
+}
+
+impl Inject for Removal {
+    fn before(&self, step: &str) -> Result<(), Errno> {
+        if step.starts_with("remove rewake-") {
+            self.0.lock().expect("no panic").0 = Some(Instant::now());
+        }
+        Ok(())
+    }
+    fn after(&self, _: &str) -> Result<(), Errno> {
+        let mut state = self.0.lock().expect("no panic");
+        if let Some(started) = state.0.take() {
+            state.1 += started.elapsed();
+        }
+        Ok(())
+    }
 }
 
 /// The disk is what it shall be: the base image, and writable.
@@ -109,6 +238,15 @@ impl Samples {
         let started = Instant::now();
         let outcome = work();
         self.0.push(started.elapsed());
+        outcome
+    }
+
+    /// The share of each of `parts` in what they take together.
+    fn share<T>(&mut self, parts: usize, work: impl FnOnce() -> T) -> T {
+        let started = Instant::now();
+        let outcome = work();
+        let parts = u32::try_from(parts).expect("few");
+        self.0.push(started.elapsed() / parts);
         outcome
     }
 

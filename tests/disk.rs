@@ -101,6 +101,11 @@ fn lives(lab: &Lab) {
     }
     pool.remove(disk, false, soon()).unwrap();
     lab.assert_clean("after removal of the automatic one");
+    let disk = create(lab, &pool, "a", &base);
+    write_block(disk.path(), 3, &pattern("retired", 3)).unwrap();
+    pool.retire(disk, soon()).unwrap();
+    assert_eq!(pool.list(&lab.disks()).unwrap(), [], "gone for its users");
+    lab.assert_clean("after retiring");
 
     let first = create(lab, &pool, "a", &base);
     let second = create(lab, &pool, "b", &base);
@@ -283,28 +288,37 @@ fn survives_every_fault(lab: &Lab) {
             );
         }
         pool.remove(disk, false, soon()).unwrap();
-        for target in 0.. {
-            let disk = pool.create(&id, &base, &lab.disks(), mode, soon()).unwrap();
-            injector.arm(target, late);
-            let outcome = pool.remove(disk, false, soon());
-            let Some(step) = injector.disarm() else {
-                assert!(target > 1, "the shim sees every step");
-                outcome.unwrap();
-                break;
-            };
-            let case = format!("remove, late: {late}, {target}: {step}");
-            let failure = outcome.expect_err(&case);
-            assert!(
-                chain(&failure).contains(&step),
-                "{case}: {}",
-                chain(&failure)
-            );
-            match pool.remove_by_id(&id, &lab.disks(), false, soon()) {
-                Ok(()) => {}
-                Err(failure) if matches!(failure.source, DiskError::Missing { .. }) => {}
-                Err(failure) => panic!("{case}: {}", chain(&failure)),
+        for retire in [false, true] {
+            for target in 0.. {
+                let disk = pool.create(&id, &base, &lab.disks(), mode, soon()).unwrap();
+                injector.arm(target, late);
+                let outcome = if retire {
+                    pool.retire(disk, soon())
+                } else {
+                    pool.remove(disk, false, soon())
+                };
+                let Some(step) = injector.disarm() else {
+                    assert!(target > 1, "the shim sees every step");
+                    outcome.unwrap();
+                    assert_alone("at the end");
+                    break;
+                };
+                let case = format!("remove, {retire}, late: {late}, {target}: {step}");
+                match outcome {
+                    // It was removed in another way.
+                    Ok(()) => assert!(retire && step.starts_with("open "), "{case}"),
+                    Err(failure) => {
+                        let text = chain(&failure);
+                        assert!(text.contains(&step), "{case}: {text}");
+                    }
+                }
+                match pool.remove_by_id(&id, &lab.disks(), false, soon()) {
+                    Ok(()) => {}
+                    Err(failure) if matches!(failure.source, DiskError::Missing { .. }) => {}
+                    Err(failure) => panic!("{case}: {}", chain(&failure)),
+                }
+                assert_alone(&case);
             }
-            assert_alone(&case);
         }
     }
     assert_same(&read_all(witness.path()), &expected, "the other disk");

@@ -119,10 +119,9 @@ fn vm_two_hundred_disks_share_three_images() {
 
     // All but one of each image: the images must stay.
     let last: Vec<_> = disks.drain(..3).collect();
-    for (_, disk) in disks {
-        pool.remove(disk, false, soon())
-            .unwrap_or_else(|failure| panic!("{}", chain(&failure)));
-    }
+    let others = disks.into_iter().map(|(_, disk)| disk).collect();
+    let failures = pool.remove_all(others, false, soon());
+    assert!(failures.is_empty(), "{}", chain(&failures[0]));
     let (loops, mapped) = judged(&lab);
     assert_eq!((loops.len(), mapped.len()), (6, 3), "{loops:?}");
     for (_, disk) in last {
@@ -258,6 +257,47 @@ fn vm_a_device_in_use_is_neither_attached_nor_removed() {
     }
     pool.remove_by_id(&id, &lab.disks(), false, soon()).unwrap();
     lab.assert_clean("at the end");
+}
+
+#[test]
+fn vm_a_retired_disk_goes_when_its_last_user_does() {
+    let Some(lab) = lab("vm_a_retired_disk_goes_when_its_last_user_does") else {
+        return;
+    };
+    let base = lab.base("base.raw", SIZE);
+    let pool = lab.open(Faults::NONE);
+    let other = create(&lab, &pool, "other", &base);
+    for round in 0..20 {
+        let disk = create(&lab, &pool, "a", &base);
+        write_block(disk.path(), 9, &pattern("retired", round)).unwrap();
+        // The same name again at once: nothing of the last one is in the way.
+        pool.retire(disk, soon()).unwrap();
+    }
+    let disk = create(&lab, &pool, "a", &base);
+    let id = disk.id().clone();
+    let vm = File::open(disk.path()).unwrap();
+    let hurry = Deadline::after(std::time::Duration::from_millis(100));
+    let failure = pool.retire(disk, hurry).unwrap_err();
+    let expected = matches!(failure.source, DiskError::InUse { deferred: true, .. });
+    assert!(expected, "{failure:?}");
+    assert_eq!(pool.list(&lab.disks()).unwrap().len(), 2, "still on record");
+    drop(vm);
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while judged(&lab).1.len() > 1 {
+        assert!(std::time::Instant::now() < until, "never removed");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    pool.remove_by_id(&id, &lab.disks(), false, soon()).unwrap();
+    let (loops, mapped) = judged(&lab);
+    assert_eq!(
+        (loops.len(), mapped.len()),
+        (2, 1),
+        "the other's: {loops:?}"
+    );
+    pool.check(&other).unwrap();
+    pool.retire(other, soon()).unwrap();
+    lab.assert_clean("at the end");
+    assert_eq!(judged(&lab), (BTreeSet::new(), BTreeSet::new()));
 }
 
 #[test]

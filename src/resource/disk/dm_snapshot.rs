@@ -133,7 +133,7 @@ impl DiskPool {
                 steps.push(step);
                 return Ok(Mapping { name, uuid, path });
             }
-            step.undo_with(&self.faults, deadline)?;
+            step.undo_with(Some(&self.control), &self.faults, deadline)?;
         }
         self.make_mapping(id, uuid, store, base, steps, deadline)
     }

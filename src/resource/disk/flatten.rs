@@ -88,7 +88,7 @@ impl DiskPool {
         let published = image.publish(&self.faults);
         if published.is_err() {
             // It may have got its name already.
-            step.undo_with(&self.faults, deadline)?;
+            step.undo_with(Some(&self.control), &self.faults, deadline)?;
         }
         published.map(drop)
     }

@@ -320,10 +320,11 @@ impl DiskPool {
 
     fn undo_all(&self, steps: Vec<DiskStep>) -> Vec<DiskLeftover> {
         let deadline = Deadline::after(UNDO_BUDGET);
-        let undo = |step: DiskStep| match step.undo_with(&self.faults, deadline) {
-            Ok(()) => None,
-            Err(error) => Some(DiskLeftover { step, error }),
-        };
+        let undo =
+            |step: DiskStep| match step.undo_with(Some(&self.control), &self.faults, deadline) {
+                Ok(()) => None,
+                Err(error) => Some(DiskLeftover { step, error }),
+            };
         steps.into_iter().rev().filter_map(undo).collect()
     }
 

@@ -1,14 +1,27 @@
 //! Detaching and removing disks.
+//!
+//! Nearly all that removing a device costs is the kernel's: it waits several times until no
+//! processor uses the device any more, ends threads, and unbinds the loop device. Callers
+//! that remove many share these waits ([`DiskPool::remove_all`]); callers that need not see
+//! the end leave them to the kernel ([`DiskPool::retire`]).
 
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
+use rewake_sys::dm::DeviceRef;
 use rewake_sys::error::Named;
 
+use super::dm_snapshot::Mapping;
 use super::error::{DiskError, DiskFailure, DiskLeftover, call};
 use super::record::DiskRecord;
 use super::{Disk, DiskKind, DiskPool, DiskStep, dm_snapshot, file, is_stored};
 use crate::deadline::Deadline;
 use crate::ids::SandboxId;
+
+/// So many removals wait at the same time.
+const TOGETHER: usize = 16;
 
 impl DiskPool {
     /// Detaches a disk; with `keep_store` what the guest wrote stays for another
@@ -40,7 +53,93 @@ impl DiskPool {
         outcome
     }
 
-    /// The same for a disk that this process does not hold. One of which only a part is
+    /// Removes or detaches several disks, in hardly more time than one. Returns those that
+    /// failed. Blocks as [`DiskPool::remove`] does, with up to 16 threads of its own that end
+    /// before it returns.
+    #[must_use]
+    pub fn remove_all(
+        &self,
+        disks: Vec<Disk>,
+        keep_store: bool,
+        deadline: Deadline,
+    ) -> Vec<DiskFailure> {
+        let workers = disks.len().min(TOGETHER);
+        let (waiting, failures) = (Mutex::new(disks), Mutex::new(Vec::new()));
+        let work = || {
+            let next = || lock(&waiting).pop();
+            while let Some(disk) = next() {
+                if let Err(failure) = self.remove(disk, keep_store, deadline) {
+                    lock(&failures).push(failure);
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..workers {
+                // Where no thread can be had, those that are there do its work.
+                let _ = std::thread::Builder::new().spawn_scoped(scope, work);
+            }
+            work();
+        });
+        failures
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Removes a disk with all that was written to it, without waiting until the kernel has
+    /// taken its device down: the files are gone when this returns, the device and the loop
+    /// devices follow by themselves, also if this process ends. Takes a fraction of
+    /// a millisecond.
+    ///
+    /// The kernel is told to remove the device as soon as it is closed, while it is held open
+    /// here; so from the first call on that changes anything, nothing can be left behind.
+    /// A device that somebody else has open is removed as by [`DiskPool::remove`].
+    ///
+    /// # Errors
+    /// Those of [`DiskPool::remove`].
+    pub fn retire(&self, mut disk: Disk, deadline: Deadline) -> Result<(), DiskFailure> {
+        let doomed = match &disk.mapping {
+            Some(mapping) => self.doom(mapping).map_err(|source| DiskFailure {
+                id: disk.id.clone(),
+                kind: Some(disk.record.kind),
+                source,
+                leftovers: Vec::new(),
+            })?,
+            None => None,
+        };
+        if doomed.is_some() {
+            disk.steps
+                .retain(|step| !matches!(step, DiskStep::Mapping { .. }));
+        }
+        let outcome = self.remove(disk, false, deadline);
+        // Closed only now: the kernel's work would hold up the removal of the files.
+        drop(doomed);
+        outcome
+    }
+
+    /// Holds the device open and has the kernel remove it once it is closed. `None` where
+    /// that is not possible: it is gone, or somebody else has it open.
+    fn doom(&self, mapping: &Mapping) -> Result<Option<File>, DiskError> {
+        let name = &mapping.name;
+        let Ok(held) = file::open(&mapping.path, false, &self.faults) else {
+            return Ok(None);
+        };
+        let node = file::metadata(&held, &mapping.path)?.rdev();
+        let control = self.control()?;
+        let found = call(&self.faults, format!("look for {name}"), || {
+            control.info(DeviceRef::Name(name))
+        })?;
+        let is_ours_alone = found
+            .is_some_and(|it| it.uuid == mapping.uuid && it.device == node && it.open_count == 1);
+        if !is_ours_alone {
+            return Ok(None);
+        }
+        call(&self.faults, format!("let {name} go"), || {
+            control.remove(DeviceRef::Name(name), true)
+        })?;
+        Ok(Some(held))
+    }
+
+    /// [`DiskPool::remove`] for a disk that this process does not hold. One of which only a part is
     /// left, after a crash, is removed as well.
     ///
     /// # Errors
@@ -96,7 +195,7 @@ impl DiskPool {
             if is_stored(&step) && !failed.is_empty() {
                 continue;
             }
-            if let Err(error) = step.undo_with(&self.faults, deadline) {
+            if let Err(error) = step.undo_with(Some(&self.control), &self.faults, deadline) {
                 failed.push(DiskLeftover { step, error });
             }
         }
@@ -131,7 +230,6 @@ impl DiskPool {
         dir: &Path,
         record: &DiskRecord,
     ) -> Result<Vec<DiskStep>, DiskError> {
-        use std::os::unix::fs::MetadataExt;
         let mut steps = Vec::new();
         for path in [DiskRecord::path(id, dir), record.store(id, dir)] {
             match call(&self.faults, format!("look at {}", path.display()), || {
@@ -173,4 +271,9 @@ impl DiskPool {
             uuid,
         }))
     }
+}
+
+/// What the lock guards is whole whatever thread panicked.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

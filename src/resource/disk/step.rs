@@ -8,6 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rewake_sys::CallError;
 use rewake_sys::dm::{Control, DeviceRef};
 use rewake_sys::error::Named;
 use serde::{Deserialize, Serialize};
@@ -70,10 +71,16 @@ impl DiskStep {
     /// # Errors
     /// [`DiskError`]; the thing may still be there, and the call may be repeated.
     pub fn undo(&self, deadline: Deadline) -> Result<(), DiskError> {
-        self.undo_with(&Faults::NONE, deadline)
+        self.undo_with(None, &Faults::NONE, deadline)
     }
 
-    pub(super) fn undo_with(&self, faults: &Faults, deadline: Deadline) -> Result<(), DiskError> {
+    /// The same through a control device that is open already.
+    pub(super) fn undo_with(
+        &self,
+        control: Option<&Result<Control, CallError>>,
+        faults: &Faults,
+        deadline: Deadline,
+    ) -> Result<(), DiskError> {
         match self {
             Self::File {
                 path,
@@ -84,18 +91,26 @@ impl DiskStep {
             }),
             Self::Node { path, device } => unlink(path, faults, |found| found.rdev() == *device),
             Self::Mapping { name, uuid } => {
-                let control = match Control::open() {
+                let opened;
+                let control = match control {
+                    Some(control) => control,
+                    None => {
+                        opened = Control::open();
+                        &opened
+                    }
+                };
+                let control = match control {
                     Ok(control) => control,
                     // No driver, no device.
                     Err(error) if error.is_gone() => return Ok(()),
                     Err(source) => {
                         return Err(DiskError::Call {
                             step: "open the device-mapper".to_owned(),
-                            source,
+                            source: *source,
                         });
                     }
                 };
-                unmap(&control, name, uuid, faults, deadline)
+                unmap(control, name, uuid, faults, deadline)
             }
         }
     }
