@@ -1,6 +1,7 @@
 //! `rewake demo`: the whole story in one command. A guest boots, is frozen into a snapshot
 //! and destroyed; the snapshot is brought back to life; the guest proves that it remembers.
 
+mod disk;
 mod place;
 
 use std::fs;
@@ -17,7 +18,7 @@ use rewake::envd::hedge::Hedge;
 use rewake::envd::init::{Init, Lifecycle};
 use rewake::envd::ready::await_ready;
 use rewake::ids::SandboxId;
-use rewake::plan::RestoreInputs;
+use rewake::plan::{RestoreInputs, RootDisk};
 use rewake::probe_guest;
 use rewake::resource::ledger::{Ledger, Step};
 use rewake::restore::{RestoreSpec, Restored, restore};
@@ -35,6 +36,7 @@ use serde_json::Value;
 
 use super::restore::Mode;
 use super::{Failure, Global, report};
+use disk::GuestDisk;
 use place::Network;
 
 #[derive(Debug, Args)]
@@ -70,6 +72,13 @@ enum Kernel {
     ProbeGuest,
     /// The stand-in plays its guest itself.
     Played,
+}
+
+/// Where the story takes place, and what it is about.
+struct Scene<'a> {
+    dir: &'a Path,
+    network: &'a Network,
+    disk: &'a mut GuestDisk,
 }
 
 /// What stops the story.
@@ -171,8 +180,19 @@ fn tell(actor: &Actor, args: &DemoArgs, tale: &Tale) -> Result<Value, Setback> {
     let deadline = Deadline::after(BUDGET);
     let dir = scratch(&mut ledger)?;
     let mut network = Network::make(actor, &dir, deadline)?;
-    let told = tell_in(actor, args, tale, &dir, &network, deadline);
-    let mut left: Vec<String> = network.remove().into_iter().collect();
+    let (told, disk_left) = match GuestDisk::make(&dir, deadline) {
+        Ok(mut disk) => {
+            let mut scene = Scene {
+                dir: &dir,
+                network: &network,
+                disk: &mut disk,
+            };
+            let told = tell_in(actor, args, tale, &mut scene, deadline);
+            (told, disk.remove())
+        }
+        Err(failure) => (Err(Setback::Failed(failure)), None),
+    };
+    let mut left: Vec<String> = network.remove().into_iter().chain(disk_left).collect();
     let leftovers = ledger.unwind(Deadline::after(BUDGET));
     left.extend(leftovers.iter().map(ToString::to_string));
     let document = told?;
@@ -187,10 +207,10 @@ fn tell_in(
     actor: &Actor,
     args: &DemoArgs,
     tale: &Tale,
-    dir: &Path,
-    network: &Network,
+    scene: &mut Scene<'_>,
     deadline: Deadline,
 ) -> Result<Value, Setback> {
+    let (dir, network) = (scene.dir, scene.network);
     let mut actor = actor.clone();
     network.instruct(&mut actor);
     tale.say(&format!(
@@ -198,9 +218,12 @@ fn tell_in(
         actor.title(),
         network.place()
     ));
-    let before = boot_and_freeze(&actor, network, dir, tale, deadline)?;
+    tale.add(&scene.disk.words());
+    let before = boot_and_freeze(&actor, scene, tale, deadline)?;
 
+    scene.disk.attach_again(deadline)?;
     let mut inputs = RestoreInputs::new(SandboxId::random(), dir.join("snapshot"));
+    inputs.disk = RootDisk::At(scene.disk.path());
     inputs.memory_mode = args.memory_mode.policy(false);
     let mut spec = RestoreSpec::new(inputs, &actor.spec.program, network.guest());
     spec.vmm = actor.spec.clone();
@@ -211,6 +234,10 @@ fn tell_in(
     let after = recall(&actor, network, deadline)?;
     tale.say("3. The snapshot is restored, and its guest agent has answered:");
     tale.show(&restored);
+    let mut api = Client::connect(restored.vmm.api_path(), deadline)?;
+    let disk = scene.disk.seen(&api.info(deadline)?.config)?;
+    drop(api);
+    tale.add(&disk.words());
     if after.nonce != before.nonce || after.counter <= before.counter {
         return Err(Forgotten(format!("{before:?} became {after:?}")).into());
     }
@@ -222,6 +249,7 @@ fn tell_in(
         "vmm": restored.build,
         "stand_in": restored.is_stand_in(),
         "network": network.name(),
+        "disk": disk.document,
         "memory_mode": restored.memory_mode.name(),
         "memory_bytes": restored.memory.0,
         "nonce": after.nonce,
@@ -239,11 +267,11 @@ fn tell_in(
 /// Boots a guest, reads its memory, freezes it into `DIR/snapshot` and ends it.
 fn boot_and_freeze(
     actor: &Actor,
-    network: &Network,
-    dir: &Path,
+    scene: &Scene<'_>,
     tale: &Tale,
     deadline: Deadline,
 ) -> Result<Memory, Setback> {
+    let (dir, network) = (scene.dir, scene.network);
     let mut processes = Ledger::new();
     let (socket, stream) = ApiSocket::bind(&dir.join("first.sock"))?;
     drop(stream);
@@ -254,7 +282,7 @@ fn boot_and_freeze(
     let netns = netns.as_ref().map(AsFd::as_fd);
     let mut vmm = launch(&actor.spec, socket, netns, &[], &mut processes)?;
     let mut api = Client::connect(vmm.api_path(), deadline)?;
-    api.create(&vm_config(actor, network, dir)?, deadline)?;
+    api.create(&vm_config(actor, scene)?, deadline)?;
     api.boot(deadline)?;
     let pidfd = Some(vmm.process().as_fd());
     await_ready(
@@ -290,8 +318,8 @@ fn end(vmm: &mut Vmm, mut api: Client, deadline: Deadline) -> Result<(), Setback
     Ok(())
 }
 
-fn vm_config(actor: &Actor, network: &Network, dir: &Path) -> Result<VmConfig, Setback> {
-    let kernel = dir.join("kernel");
+fn vm_config(actor: &Actor, scene: &Scene<'_>) -> Result<VmConfig, Setback> {
+    let kernel = scene.dir.join("kernel");
     match actor.kernel {
         Kernel::ProbeGuest => probe_guest::write_to(&kernel)?,
         Kernel::Played => fs::write(&kernel, "the stand-in does not read its kernel")?,
@@ -308,7 +336,8 @@ fn vm_config(actor: &Actor, network: &Network, dir: &Path) -> Result<VmConfig, S
             cmdline: Some(settings.to_string()),
             ..PayloadConfig::default()
         }),
-        net: network.device().map(|device| vec![device]),
+        disks: Some(vec![scene.disk.device()]),
+        net: scene.network.device().map(|device| vec![device]),
         balloon: Some(BalloonConfig::default()),
         console: ConsoleConfig {
             mode: ConsoleOutputMode::Off,
@@ -390,6 +419,11 @@ impl Tale {
         if !self.quiet {
             let _ = writeln!(io::stdout(), "{text}");
         }
+    }
+
+    /// Something more about what was said last.
+    fn add(&self, text: &str) {
+        self.say(&format!("   {text}"));
     }
 
     fn show(&self, restored: &Restored) {
