@@ -3,6 +3,7 @@
 //! Exit codes: 0 done; 1 the operation failed; 2 the command line was wrong; 3 `doctor`
 //! found something missing; 4 a time limit passed.
 
+mod bench;
 mod demo;
 mod disk;
 mod doctor;
@@ -43,6 +44,8 @@ struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Measure how long it takes until a guest answers, here and beside other ways
+    Bench(Box<bench::BenchArgs>),
     /// Say what this machine lacks for restoring sandboxes, and how to mend it
     Doctor(doctor::DoctorArgs),
     /// Make, attach, show, flatten and remove copy-on-write disks by hand
@@ -79,6 +82,7 @@ pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
     start_log(cli.global.verbose);
     let outcome = match &cli.command {
+        Command::Bench(args) => bench::run(args, cli.global),
         Command::Doctor(args) => doctor::run(args, cli.global),
         Command::Disk(args) => disk::run(args, cli.global),
         Command::Demo(args) => demo::run(args, cli.global),

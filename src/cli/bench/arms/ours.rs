@@ -1,0 +1,127 @@
+//! The way of rewake: slot, disk and restore, cold or on a warm kit.
+
+use std::path::PathBuf;
+
+use rewake::deadline::Deadline;
+use rewake::envd::init::Init;
+use rewake::ids::SandboxId;
+use rewake::plan::{MemoryPolicy, RestoreInputs, RootDisk};
+use rewake::resource::disk::Disk;
+use rewake::resource::net::Slot;
+use rewake::restore::kit::{Kit, Warm};
+use rewake::restore::{RestoreSpec, Restored, restore_with};
+use rewake::timeline::{Phase, Timeline};
+
+use super::{BUDGET, Ending, Job, Launched, make_disk, phases, remove_disk, remove_slot};
+use crate::cli::Failure;
+use crate::cli::bench::stage::Stage;
+
+pub(super) struct Running {
+    restored: Restored,
+    slot: Slot,
+    disk: Option<Disk>,
+}
+
+impl Running {
+    pub(super) fn end(self, stage: &Stage) -> Vec<String> {
+        let Self {
+            restored,
+            slot,
+            disk,
+        } = self;
+        let leftovers = restored.destroy(Deadline::after(BUDGET));
+        let mut left: Vec<_> = leftovers.iter().map(ToString::to_string).collect();
+        left.extend(remove_disk(stage, disk));
+        left.extend(remove_slot(stage, slot));
+        left
+    }
+}
+
+pub(super) fn launch(job: &Job<'_>) -> Result<Launched, Failure> {
+    let mut timeline = Timeline::start();
+    let id = SandboxId::random();
+    let (kit, slot) = acquire(job, &id)?;
+    timeline.mark(Phase::SlotAcquired);
+    let disk = match make_disk(job, &id) {
+        Ok(disk) => disk,
+        Err(failure) => {
+            drop(kit);
+            remove_slot(job.stage, slot);
+            return Err(failure);
+        }
+    };
+    timeline.mark(Phase::DiskAcquired);
+    let netns = slot.netns().try_clone_to_owned()?;
+    let spec = spec(job, id, &slot, disk.as_ref(), timeline);
+    match restore_with(&spec, kit, Deadline::after(BUDGET)) {
+        Ok(restored) => {
+            // The balloon, which comes after it, is nobody's concern.
+            let done = restored.timeline.at(Phase::InitDone).unwrap_or_default();
+            Ok(Launched {
+                took: done,
+                phases: phases(&restored.timeline),
+                memory_mode: Some(restored.memory_mode),
+                timeline: Some(restored.timeline.clone()),
+                netns,
+                end: Ending::Ours(Box::new(Running {
+                    restored,
+                    slot,
+                    disk,
+                })),
+            })
+        }
+        Err(error) => {
+            remove_disk(job.stage, disk);
+            remove_slot(job.stage, slot);
+            log::debug!("failed after {} phases", error.timeline.marks().len());
+            Err(error.into())
+        }
+    }
+}
+
+fn acquire(job: &Job<'_>, id: &SandboxId) -> Result<(Option<Kit>, Slot), Failure> {
+    if let Some(kits) = job.kits {
+        if let Some(Warm {
+            kit,
+            slot: Some(slot),
+        }) = kits.take(id.as_str())?
+        {
+            return Ok((Some(kit), slot));
+        }
+        return Err(Exhausted.into());
+    }
+    let deadline = Deadline::after(BUDGET);
+    Ok((None, job.stage.net.create(id.as_str(), deadline)?))
+}
+
+/// A warm launch that would silently have been a cold one.
+#[derive(Debug, thiserror::Error)]
+#[error("The pool had no kit ready")]
+struct Exhausted;
+
+fn spec(
+    job: &Job<'_>,
+    id: SandboxId,
+    slot: &Slot,
+    disk: Option<&Disk>,
+    timeline: Timeline,
+) -> RestoreSpec {
+    let mut inputs = RestoreInputs::new(id, &job.template.snapshot);
+    inputs.memory_mode = MemoryPolicy::Only(job.mode);
+    if let Some(disk) = disk {
+        inputs.disk = RootDisk::At(disk.path().to_owned());
+    }
+    let actor = &job.stage.actor;
+    let mut spec = RestoreSpec::new(inputs, &actor.spec.program, job.stage.guest());
+    spec.vmm = actor.spec.clone();
+    spec.runtime_dir = run_dir(job.stage);
+    spec.netns = Some(slot.netns_path().to_owned());
+    spec.init = Some(Init::new());
+    spec.timeline = Some(timeline);
+    spec
+}
+
+/// Where our processes have their directories.
+pub(in crate::cli::bench) fn run_dir(stage: &Stage) -> PathBuf {
+    stage.dir.join("run")
+}

@@ -1,0 +1,251 @@
+//! `rewake bench compare`: what moved between two runs, beyond noise.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::record::{self, Line, Variant};
+use super::stats::{Difference, Summary};
+use crate::cli::{Failure, Global, report};
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct CompareArgs {
+    /// The samples of the run before
+    #[arg(value_name = "BEFORE")]
+    before: PathBuf,
+    /// The samples of the run after
+    #[arg(value_name = "AFTER")]
+    after: PathBuf,
+}
+
+/// What became of one variant.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+#[serde(rename_all = "snake_case", tag = "verdict")]
+pub(super) enum Verdict {
+    /// Its median moved beyond noise.
+    Slower(Numbers),
+    Faster(Numbers),
+    /// What differs may be chance.
+    Unchanged(Numbers),
+    /// It fails more often than before: times do not count then.
+    Failing {
+        before: usize,
+        after: usize,
+    },
+    /// One of the runs has too few samples of it, or none.
+    Unknown,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub(super) struct Numbers {
+    before: Summary,
+    after: Summary,
+    difference: Difference,
+}
+
+/// Two runs cannot be set side by side.
+#[derive(Debug, thiserror::Error)]
+#[error("One run is on the stand-in and the other on Cloud Hypervisor: their times do not compare")]
+pub(super) struct Unlike;
+
+pub(super) fn run(args: &CompareArgs, global: Global) -> Result<(), Failure> {
+    let before = record::read(&args.before)?;
+    let after = record::read(&args.after)?;
+    let verdicts = compare(&before, &after)?;
+    if global.json {
+        let verdicts = verdicts.iter().map(|(variant, verdict)| {
+            serde_json::json!({"name": variant.name(), "variant": variant, "result": verdict})
+        });
+        return report::json(&serde_json::json!({
+            "before": before[0].machine,
+            "after": after[0].machine,
+            "variants": verdicts.collect::<Vec<_>>(),
+        }));
+    }
+    println!("before: {}", before[0].machine.line());
+    println!("after:  {}", after[0].machine.line());
+    let header = [
+        "variant",
+        "n",
+        "before ms",
+        "after ms",
+        "ratio",
+        "99 % of it",
+        "p",
+        "verdict",
+    ];
+    let rows: Vec<_> = verdicts.iter().map(|it| row(&it.0, &it.1)).collect();
+    report::table(&header, &rows)
+}
+
+/// Every variant of either run, and what became of it.
+pub(super) fn compare(before: &[Line], after: &[Line]) -> Result<Vec<(Variant, Verdict)>, Unlike> {
+    let kind = |lines: &[Line]| lines.first().map(|line| line.machine.is_stand_in());
+    if kind(before) != kind(after) {
+        return Err(Unlike);
+    }
+    let (before, after) = (record::by_variant(before), record::by_variant(after));
+    let mut variants: Vec<&Variant> = before.iter().chain(&after).map(|it| &it.0).collect();
+    variants.sort();
+    variants.dedup();
+    let find = |groups: &[(Variant, Vec<&record::Sample>)], wanted: &Variant| {
+        let group = groups.iter().find(|it| it.0 == *wanted);
+        let samples = group.map_or(&[][..], |it| &it.1);
+        (record::times(samples), record::failures(samples))
+    };
+    Ok(variants
+        .into_iter()
+        .map(|variant| {
+            let verdict = judge(&find(&before, variant), &find(&after, variant));
+            (variant.clone(), verdict)
+        })
+        .collect())
+}
+
+fn judge(before: &(Vec<f64>, usize), after: &(Vec<f64>, usize)) -> Verdict {
+    let share = |(times, failures): &(Vec<f64>, usize)| {
+        *failures as f64 / (times.len() + failures).max(1) as f64
+    };
+    if share(after) > share(before) {
+        return Verdict::Failing {
+            before: before.1,
+            after: after.1,
+        };
+    }
+    let summaries = (Summary::of(&before.0), Summary::of(&after.0));
+    match (Difference::between(&before.0, &after.0), summaries) {
+        (Some(difference), (Some(before), Some(after))) => {
+            let numbers = Numbers {
+                before,
+                after,
+                difference,
+            };
+            match difference.moved() {
+                true if difference.ratio > 1.0 => Verdict::Slower(numbers),
+                true => Verdict::Faster(numbers),
+                false => Verdict::Unchanged(numbers),
+            }
+        }
+        _ => Verdict::Unknown,
+    }
+}
+
+fn row(variant: &Variant, verdict: &Verdict) -> Vec<String> {
+    let dash = || "-".to_owned();
+    let (numbers, word) = match verdict {
+        Verdict::Slower(numbers) => (numbers, "SLOWER"),
+        Verdict::Faster(numbers) => (numbers, "faster"),
+        Verdict::Unchanged(numbers) => (numbers, "unchanged"),
+        Verdict::Failing { before, after } => {
+            let mut row = vec![
+                variant.name(),
+                dash(),
+                dash(),
+                dash(),
+                dash(),
+                dash(),
+                dash(),
+            ];
+            row.push(format!("FAILING: {after} times, before {before}"));
+            return row;
+        }
+        Verdict::Unknown => {
+            let mut row = vec![
+                variant.name(),
+                dash(),
+                dash(),
+                dash(),
+                dash(),
+                dash(),
+                dash(),
+            ];
+            row.push("too few samples".to_owned());
+            return row;
+        }
+    };
+    let Numbers {
+        before,
+        after,
+        difference,
+    } = numbers;
+    vec![
+        variant.name(),
+        format!("{}/{}", before.n, after.n),
+        format!("{:.3}", before.p50),
+        format!("{:.3}", after.p50),
+        format!("{:.3}", difference.ratio),
+        format!("{:.3} to {:.3}", difference.low, difference.high),
+        format!("{:.1e}", difference.p),
+        word.to_owned(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::tests::line;
+    use super::super::stats::Random;
+    use super::*;
+
+    fn samples(arm: &str, seed: u64, base: f64, slow: f64) -> Vec<Line> {
+        let mut random = Random::new(seed);
+        (0..60)
+            .map(|iteration| {
+                let noise = random.below(1000) as f64 / 5000.0;
+                line(arm, "v53.0", iteration, Some(base * (1.0 + noise) + slow))
+            })
+            .collect()
+    }
+
+    fn verdicts(before: &[Line], after: &[Line]) -> Vec<(String, Verdict)> {
+        let verdicts = compare(before, after).unwrap().into_iter();
+        verdicts
+            .map(|(variant, verdict)| (variant.arm, verdict))
+            .collect()
+    }
+
+    #[test]
+    fn only_what_moved_is_said_to_have_moved() {
+        let before = [
+            samples("rewake", 1, 10.0, 0.0),
+            samples("floor", 2, 8.0, 0.0),
+        ]
+        .concat();
+        let after = [
+            samples("rewake", 3, 10.0, 2.0),
+            samples("floor", 4, 8.0, 0.0),
+        ]
+        .concat();
+        let found = verdicts(&before, &after);
+        assert!(matches!(found[0], (ref arm, Verdict::Unchanged(_)) if arm == "floor"));
+        assert!(matches!(found[1], (ref arm, Verdict::Slower(_)) if arm == "rewake"));
+        let found = verdicts(&after, &before);
+        assert!(matches!(found[1].1, Verdict::Faster(_)), "{found:?}");
+        for (_, verdict) in verdicts(&before, &before) {
+            assert!(matches!(verdict, Verdict::Unchanged(_)), "{verdict:?}");
+        }
+    }
+
+    #[test]
+    fn failing_faster_is_failing() {
+        let before = samples("rewake", 1, 10.0, 0.0);
+        let mut after = samples("rewake", 2, 1.0, 0.0);
+        after.push(line("rewake", "v53.0", 99, None));
+        let found = verdicts(&before, &after);
+        assert_eq!(
+            found[0].1,
+            Verdict::Failing {
+                before: 0,
+                after: 1
+            }
+        );
+    }
+
+    #[test]
+    fn what_is_not_in_both_runs_is_unknown_and_the_stand_in_is_compared_with_itself_only() {
+        let before = samples("rewake", 1, 10.0, 0.0);
+        let found = verdicts(&before, &samples("floor", 1, 10.0, 0.0));
+        assert!(found.iter().all(|it| it.1 == Verdict::Unknown), "{found:?}");
+        let stand_in = [line("rewake", "53.0-stand-in", 0, Some(1.0))];
+        assert!(compare(&before, &stand_in).is_err());
+    }
+}

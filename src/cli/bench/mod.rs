@@ -1,0 +1,186 @@
+//! `rewake bench`: how long it takes until a guest has answered, on this machine, beside the
+//! ways to do the same without rewake.
+//!
+//! Every time is of a guest that proved afterwards to be the one that was frozen; what failed
+//! has no time and is counted. Variants take turns in an order that is shuffled anew for
+//! every round, from a seed that is told.
+
+mod arms;
+mod compare;
+mod html;
+mod plot;
+mod record;
+mod run;
+mod stage;
+mod stats;
+mod table;
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+use rewake::plan::MemoryMode;
+use rewake::resource::disk::{DiskKind, DiskMode};
+
+use super::{Failure, Global};
+use arms::Rival;
+
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(super) struct BenchArgs {
+    #[command(subcommand)]
+    command: Option<BenchCommand>,
+    /// How memory comes back, one variant each
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["map"])]
+    memory_mode: Vec<Memory>,
+    /// What disk each guest gets
+    #[arg(long, value_enum, default_value_t = DiskChoice::Auto)]
+    disk: DiskChoice,
+    /// Slots made and Cloud Hypervisors started in advance, or not; one variant each
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["off", "on"])]
+    pools: Vec<Switch>,
+    /// Memory of the guest in MiB, one variant each
+    #[arg(long, value_name = "MIB", value_delimiter = ',', default_values = ["128"])]
+    ram: Vec<u64>,
+    /// How many guests at once, one variant each
+    #[arg(long, value_name = "N", value_delimiter = ',', default_values = ["1"])]
+    concurrency: Vec<usize>,
+    /// Whether the template's files are in the page cache, one variant each
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["warm"])]
+    page_cache: Vec<Cache>,
+    /// Rounds: every variant once in each
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    iterations: usize,
+    /// Rounds before them that do not count
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    warm_up: usize,
+    /// Whom to compare with, in the same run
+    #[arg(long, value_enum, value_delimiter = ',')]
+    against: Vec<Rival>,
+    /// Decides the order within rounds
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    seed: u64,
+    /// Write every sample to this file, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Write a report with plots to this file
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Write the timelines of rewake's first round that counts, for trace viewers
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// The cloud-hypervisor binary [default: looked up on PATH]
+    #[arg(long, value_name = "PATH")]
+    vmm: Option<PathBuf>,
+    /// Use the stand-in in place of Cloud Hypervisor; every line and plot says so
+    #[arg(long)]
+    stand_in: bool,
+    /// A variable for Cloud Hypervisor where it writes the template's snapshot; repeatable
+    #[arg(long, value_name = "NAME=VALUE")]
+    vmm_env: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum BenchCommand {
+    /// Say what moved beyond noise between two files of samples
+    Compare(compare::CompareArgs),
+    /// Make the report of a file of samples
+    Report(ReportArgs),
+}
+
+#[derive(Debug, Args)]
+struct ReportArgs {
+    /// The samples
+    #[arg(value_name = "FILE")]
+    samples: PathBuf,
+    /// The report
+    #[arg(value_name = "HTML")]
+    html: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Cache {
+    Warm,
+    Cold,
+}
+
+impl Cache {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Warm => "warm",
+            Self::Cold => "cold",
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Memory {
+    /// The memory file is mapped copy-on-write
+    Map,
+    /// All of it is read first
+    Copy,
+    /// Page by page, as it is touched
+    OnDemand,
+}
+
+impl From<Memory> for MemoryMode {
+    fn from(memory: Memory) -> Self {
+        match memory {
+            Memory::Map => Self::Map,
+            Memory::Copy => Self::Copy,
+            Memory::OnDemand => Self::OnDemand,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum DiskChoice {
+    /// The best kind that works here
+    Auto,
+    /// A device-mapper snapshot
+    DmSnapshot,
+    /// A file that shares blocks
+    Reflink,
+    /// A sparse copy
+    Copy,
+    /// No disk at all
+    None,
+}
+
+impl DiskChoice {
+    const fn mode(self) -> Option<DiskMode> {
+        Some(match self {
+            Self::Auto => DiskMode::Auto,
+            Self::DmSnapshot => DiskMode::Only(DiskKind::DmSnapshot),
+            Self::Reflink => DiskMode::Only(DiskKind::Reflink),
+            Self::Copy => DiskMode::Only(DiskKind::Copy),
+            Self::None => return None,
+        })
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::DmSnapshot => "dm-snapshot",
+            Self::Reflink => "reflink",
+            Self::Copy => "copy",
+            Self::None => "none",
+        }
+    }
+}
+
+pub(super) fn run(args: &BenchArgs, global: Global) -> Result<(), Failure> {
+    match &args.command {
+        Some(BenchCommand::Compare(compare)) => compare::run(compare, global),
+        Some(BenchCommand::Report(report)) => {
+            let lines = record::read(&report.samples)?;
+            Ok(html::write(&report.html, &lines)?)
+        }
+        None => run::run(args, global),
+    }
+}
