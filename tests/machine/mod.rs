@@ -167,6 +167,11 @@ impl Namespace {
         namespace
     }
 
+    /// One that somebody else made, and removes.
+    pub(crate) fn existing(name: &str) -> std::mem::ManuallyDrop<Self> {
+        std::mem::ManuallyDrop::new(Self(name.to_owned()))
+    }
+
     #[must_use]
     pub(crate) fn name(&self) -> &str {
         &self.0
