@@ -46,30 +46,35 @@ pub(crate) fn stand_in(guest: SocketAddr, faults: &[&str]) -> LaunchSpec {
 }
 
 /// Everything that one build needs, and a look at what it left.
-struct Yard {
-    root: Root,
-    guest: SocketAddr,
+pub(crate) struct Yard {
+    pub(crate) root: Root,
+    pub(crate) guest: SocketAddr,
     image: PathBuf,
-    store: TemplateStore,
+    pub(crate) store: TemplateStore,
     disks: DiskPool,
 }
 
 impl Yard {
-    fn new(test: &str, faults: Faults) -> Self {
+    pub(crate) fn new(test: &str, faults: Faults) -> Self {
         let root = Root::new(test);
         fs::write(root.join("kernel"), "the stand-in does not read it").unwrap();
-        let image = root.join("image.raw");
         let mut bytes = vec![0; IMAGE_BYTES as usize];
         bytes[4096..8192].fill(7);
-        fs::write(&image, &bytes).unwrap();
+        fs::write(root.join("image.raw"), &bytes).unwrap();
+        Self::over(root, free_address(), faults)
+    }
+
+    /// In a root that has its files already.
+    pub(crate) fn over(root: Root, guest: SocketAddr, faults: Faults) -> Self {
         let config = DiskConfig {
             runtime_dir: root.join("run"),
             ..DiskConfig::default()
         };
         let disks = DiskPool::open(config, faults.clone());
         let store = root.store(faults);
+        let image = root.join("image.raw");
         Self {
-            guest: free_address(),
+            guest,
             image,
             store,
             disks,
@@ -77,7 +82,7 @@ impl Yard {
         }
     }
 
-    fn spec(&self, faults: &[&str]) -> BuildSpec {
+    pub(crate) fn spec(&self, faults: &[&str]) -> BuildSpec {
         let vmm = stand_in(self.guest, faults);
         BuildSpec {
             rootfs: Some(self.image.clone()),
@@ -88,7 +93,7 @@ impl Yard {
         }
     }
 
-    fn build(&self, spec: &BuildSpec) -> Result<Template, BuildError> {
+    pub(crate) fn build(&self, spec: &BuildSpec) -> Result<Template, BuildError> {
         let workshop = Workshop {
             store: &self.store,
             disks: &self.disks,
@@ -97,7 +102,7 @@ impl Yard {
         build(spec, workshop, &mut |_| {}, soon())
     }
 
-    fn assert_nothing_left(&self, names: &[&str], case: &str) {
+    pub(crate) fn assert_nothing_left(&self, names: &[&str], case: &str) {
         assert_eq!(self.root.names(), names, "{case}");
         let vms = self.root.join("run/vm");
         let left: Vec<_> = fs::read_dir(vms).into_iter().flatten().flatten().collect();

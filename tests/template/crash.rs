@@ -1,4 +1,4 @@
-//! Processes that die in the middle of making or removing a template.
+//! Processes that die in the middle of making, building or removing a template.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -10,6 +10,7 @@ use rewake::fault::{Faults, Inject};
 use rewake::template::{HostFacts, TemplateStore};
 use rustix::io::Errno;
 
+use super::build::Yard;
 use super::place::{Root, chain, make, name, soon};
 
 const STEP: &str = "REWAKE_TEST_CRASH_STEP";
@@ -43,10 +44,17 @@ fn child_that_works_on_templates() {
     let read = |name| std::env::var(name).unwrap();
     let crash = Crash(AtomicUsize::new(step.parse().unwrap()));
     let faults = Faults::inject(Arc::new(crash));
-    let store = TemplateStore::open(Path::new(&read(ROOT)), faults).unwrap();
+    let store = || TemplateStore::open(Path::new(&read(ROOT)), faults.clone()).unwrap();
     match read(WORK).as_str() {
-        "make" => make(&store, &name("python")).unwrap(),
-        _ => store.remove(&name("python"), soon()).unwrap(),
+        "make" => make(&store(), &name("python")).unwrap(),
+        "remove" => store().remove(&name("python"), soon()).unwrap(),
+        guest => {
+            let root = Root::existing(read(ROOT).into());
+            let yard = Yard::over(root, guest.parse().unwrap(), faults);
+            yard.build(&yard.spec(&[])).unwrap();
+            // The root belongs to the parent.
+            std::mem::forget(yard);
+        }
     }
     std::process::exit(DONE);
 }
@@ -101,4 +109,38 @@ fn a_crash_at_any_step_leaves_the_whole_template_or_none() {
             "{work}: {outcomes:?}"
         );
     }
+}
+
+#[test]
+fn a_build_whose_maker_dies_at_any_step_is_cleared_by_a_sweep() {
+    let yard = Yard::new("crash-build", Faults::NONE);
+    let mut built = 0;
+    for step in 0.. {
+        let status = run_child(&yard.root, &yard.guest.to_string(), step);
+        let crashed = status.signal().is_some();
+        assert!(crashed || status.code() == Some(DONE), "{step}: {status}");
+        let case = format!("died after step {step}");
+        let swept = yard.store.sweep().unwrap();
+        assert!(
+            swept.iter().all(|it| it.leftovers.is_empty()),
+            "{case}: {swept:?}"
+        );
+        match yard.store.get(&name("python")) {
+            Ok(template) => {
+                template.check(&HostFacts::default()).expect(&case);
+                yard.assert_nothing_left(&["python"], &case);
+                yard.store.remove(template.id(), soon()).expect(&case);
+                built += 1;
+            }
+            Err(error) => {
+                assert!(error.is_missing(), "{case}: {}", chain(&error));
+                yard.assert_nothing_left(&[], &case);
+            }
+        }
+        if !crashed {
+            assert!(step > 40, "the shim sees every step, not {step}");
+            break;
+        }
+    }
+    assert!(built > 0);
 }

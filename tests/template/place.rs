@@ -46,6 +46,11 @@ impl Root {
         Self(path)
     }
 
+    /// One that another process made: for a process that ends without dropping it.
+    pub(crate) fn existing(path: PathBuf) -> Self {
+        Self(path)
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.0
     }
