@@ -20,7 +20,7 @@
 
 mod driver;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub use driver::{Driver, Key};
 
@@ -45,7 +45,7 @@ pub use crate::snapshot::Durability;
 pub struct Host {
     ctx: Arc<Context>,
     templates: Arc<TemplateStore>,
-    facts: Arc<HostFacts>,
+    facts: Arc<OnceLock<HostFacts>>,
 }
 
 impl Host {
@@ -78,7 +78,7 @@ impl Host {
         Ok(Self {
             ctx: Arc::new(Context::open(config, deadline)?),
             templates: Arc::new(templates),
-            facts: Arc::new(HostFacts::of_machine()),
+            facts: Arc::default(),
         })
     }
 
@@ -94,6 +94,13 @@ impl Host {
         &self.templates
     }
 
+    /// What this machine offers to templates. Cloud Hypervisor is asked for its version when
+    /// this is wanted for the first time.
+    fn facts(&self) -> &HostFacts {
+        self.facts
+            .get_or_init(|| HostFacts::gather(&self.ctx.config.vmm))
+    }
+
     /// A template, checked against this machine.
     ///
     /// # Errors
@@ -107,7 +114,7 @@ impl Host {
             .get(&name)
             .map_err(|error| failed(error.into()))?;
         template
-            .check(&self.facts)
+            .check(self.facts())
             .map_err(|error| failed(error.into()))?;
         Ok(template)
     }

@@ -2,11 +2,12 @@
 //! imported from snapshots that Cloud Hypervisor was made to write by hand.
 
 use std::fs::{self, File};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rewake::envd::init::Init;
 use rewake::fault::Faults;
+use rewake::host::{Host, HostConfig, LaunchOptions, ResumeOptions, Sandbox};
 use rewake::ids::SandboxId;
 use rewake::plan::{MemoryMode, MemoryPolicy};
 use rewake::probe_guest::{Settings, expected_checksum};
@@ -29,12 +30,12 @@ use super::place::{chain, name, soon};
 const PAGES: u64 = 64;
 
 /// A host of its own for network slots, so that nothing of this machine's is touched.
-struct Host {
+struct Street {
     net: HostNet,
-    _netns: OwnedFd,
+    netns: OwnedFd,
 }
 
-impl Host {
+impl Street {
     fn new(dir: &Path) -> Self {
         let host = netns::run_in_new(|netns| netns).unwrap();
         let config = NetConfig {
@@ -44,11 +45,11 @@ impl Host {
         };
         let net = HostNet::open_in(host.as_fd(), config, Faults::NONE).unwrap();
         net.prepare(soon()).unwrap();
-        Self { net, _netns: host }
+        Self { net, netns: host }
     }
 }
 
-impl Drop for Host {
+impl Drop for Street {
     fn drop(&mut self) {
         let _ = rustix::mount::unmount(&self.net.config().netns_dir, UnmountFlags::DETACH);
     }
@@ -97,7 +98,7 @@ fn woken(spec: &RestoreSpec) -> Restored {
 fn root_kvm_builds_and_wakes_twice() {
     let test = "root_kvm_builds_and_wakes_twice";
     let Some(lab) = Lab::new(test) else { return };
-    let host = Host::new(lab.dir());
+    let street = Street::new(lab.dir());
     let store = TemplateStore::open(lab.dir(), Faults::NONE).unwrap();
     let config = DiskConfig {
         runtime_dir: lab.dir().join("run"),
@@ -117,7 +118,7 @@ fn root_kvm_builds_and_wakes_twice() {
     let workshop = Workshop {
         store: &store,
         disks: &disks,
-        network: BuildNetwork::Slot(&host.net),
+        network: BuildNetwork::Slot(&street.net),
     };
     let begun = std::time::Instant::now();
     let mut before = None;
@@ -135,7 +136,7 @@ fn root_kvm_builds_and_wakes_twice() {
     let template = template.unwrap_or_else(|e| panic!("{}: {:#?}", chain(&e), e.log));
     eprintln!("{:>9.1?} built", begun.elapsed());
     assert!(
-        host.net.slots().list().unwrap().is_empty(),
+        street.net.slots().list().unwrap().is_empty(),
         "no slot is left"
     );
     assert_eq!(digest(&template.disk().unwrap()), digest(&image));
@@ -151,7 +152,7 @@ fn root_kvm_builds_and_wakes_twice() {
     let memory = digest(&template.memory_image());
     let mut clones = Vec::new();
     for number in 0..2 {
-        let slot = host.net.create("clone", soon()).unwrap();
+        let slot = street.net.create("clone", soon()).unwrap();
         let disk = lab.dir().join(format!("clone-{number}.raw"));
         fs::copy(template.disk().unwrap(), &disk).unwrap();
         let mut spec = lab.restore_spec(template.dir(), MemoryPolicy::Auto { owned: false });
@@ -178,7 +179,7 @@ fn root_kvm_builds_and_wakes_twice() {
     );
     for (slot, restored) in clones {
         assert!(restored.destroy(soon()).is_empty());
-        host.net.destroy(slot, soon()).unwrap();
+        street.net.destroy(slot, soon()).unwrap();
     }
     assert_eq!(
         digest(&template.memory_image()),
@@ -186,7 +187,7 @@ fn root_kvm_builds_and_wakes_twice() {
         "no clone wrote to it"
     );
     store.remove(template.id(), soon()).unwrap();
-    host.net.retire(soon()).unwrap();
+    street.net.retire(soon()).unwrap();
 }
 
 /// The descriptors of a process that lead to this file.
@@ -225,6 +226,42 @@ fn wake_imported(lab: &Lab, template: &Template, disk: Option<&Path>, nonce: &st
     }
 }
 
+/// Launches it as a sandbox, pauses, resumes and destroys that.
+fn live_on(lab: &Lab, template: &Template, nonce: &str) {
+    let street = Street::new(lab.dir());
+    let mut config = HostConfig::new(lab.dir());
+    config.net = street.net.config().clone();
+    config = config.with_runtime_dir(lab.dir().join("run"));
+    let number = street.netns.as_raw_fd();
+    config.netns = Some(format!("/proc/{}/fd/{number}", std::process::id()).into());
+    config.vmm = lab.restore_spec(Path::new("/"), MemoryMode::Map).vmm;
+    let host = Host::open(config).unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let template = host.template(template.id().as_str());
+    let template = template.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let sandbox = host.launch(&template, LaunchOptions::default());
+    let mut sandbox = sandbox.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let memory = |sandbox: &Sandbox| {
+        let agent = sandbox.agent().unwrap();
+        let read = |target: &str| {
+            let answer = agent.get_other(target, soon()).unwrap();
+            serde_json::from_slice::<Value>(&answer.body).unwrap()
+        };
+        let sum = read(&format!("/probe/checksum?pages={PAGES}"));
+        whole_guest(&read("/probe"), &sum)
+    };
+    assert_eq!(memory(&sandbox), nonce, "launched");
+    let id = sandbox.id().clone();
+    sandbox
+        .pause()
+        .unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let resumed = host.resume(&id, ResumeOptions::default());
+    let resumed = resumed.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    assert_eq!(memory(&resumed), nonce, "resumed");
+    resumed
+        .destroy()
+        .unwrap_or_else(|error| panic!("{}", chain(&error)));
+}
+
 #[test]
 fn root_kvm_imports_a_plain_snapshot() {
     let test = "root_kvm_imports_a_plain_snapshot";
@@ -245,6 +282,7 @@ fn root_kvm_imports_a_plain_snapshot() {
     eprintln!("128 MiB of saved memory take {} KiB", taken >> 10);
     assert!(taken < 64 << 20, "{taken}: zeros were not punched");
     wake_imported(&lab, &template, None, &nonce);
+    live_on(&lab, &template, &nonce);
 }
 
 #[test]
@@ -296,6 +334,7 @@ fn root_kvm_imports_a_wrenn_snapshot() {
         let disk = lab.dir().join(format!("{id}.raw"));
         fs::copy(template.disk().unwrap(), &disk).unwrap();
         wake_imported(&lab, &template, Some(&disk), &nonce);
+        live_on(&lab, &template, &nonce);
         assert!(
             fs::read_dir(&sandbox_dir).unwrap().next().is_none(),
             "{id}: links are left"
