@@ -76,6 +76,7 @@ impl Driver {
     /// [`Error`]; nothing is left then. [`Error::is_busy`] where there is no room.
     pub fn launch(&mut self, template: &Template, options: LaunchOptions) -> Result<Key, Error> {
         self.room(Operation::Launch)?;
+        self.host.ready(options.deadline)?;
         let held = template
             .hold()
             .map_err(|error| Error::of_host(Operation::Launch, error.into()))?;
@@ -89,6 +90,7 @@ impl Driver {
     /// [`Error`]; the sandbox is paused as before then.
     pub fn resume(&mut self, id: &SandboxId, options: ResumeOptions) -> Result<Key, Error> {
         self.room(Operation::Resume)?;
+        self.host.ready(options.deadline)?;
         let making = sandbox::prepare_resume(self.host.context(), id, options)?;
         self.begin(making, None)
     }

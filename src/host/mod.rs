@@ -29,8 +29,8 @@ use crate::ids::{SandboxId, TemplateId};
 use crate::resource::disk::Progress;
 use crate::sandbox::{self, Context, Source};
 use crate::template::{
-    self, BuildError, BuildNetwork, BuildProgress, BuildSpec, DiskPath, HostFacts, Template,
-    TemplateStore, Workshop,
+    self, BuildCause, BuildError, BuildNetwork, BuildProgress, BuildSpec, BuildStage, DiskPath,
+    HostFacts, Template, TemplateStore, Workshop,
 };
 use crate::timeline::Timeline;
 
@@ -57,6 +57,7 @@ impl Host {
     /// recovered is no error: ask [`Host::recover`] for the census.
     pub fn open(config: HostConfig) -> Result<Self, Error> {
         let host = Self::open_as_it_is(config)?;
+        host.ready(Deadline::NEVER)?;
         let census = host.recover(Deadline::NEVER)?;
         for (id, error) in &census.stuck {
             log::warn!("Sandbox {id}: {}", error.cause);
@@ -67,19 +68,32 @@ impl Host {
         Ok(host)
     }
 
-    /// Opens a root and changes nothing in it: for looking on.
+    /// Opens a root and leaves its sandboxes as they are: for looking on, and for programs
+    /// that come and go while another has recovered the root. The network is readied when the
+    /// first sandbox is made.
     ///
     /// # Errors
     /// As [`Host::open`].
     pub fn open_as_it_is(config: HostConfig) -> Result<Self, Error> {
-        let deadline = Deadline::after(config.patience);
         let templates = TemplateStore::open(&config.root, config.faults.clone())
             .map_err(|error| Error::of_host(Operation::Open, error.into()))?;
         Ok(Self {
-            ctx: Arc::new(Context::open(config, deadline)?),
+            ctx: Arc::new(Context::open(config)?),
             templates: Arc::new(templates),
             facts: Arc::default(),
         })
+    }
+
+    /// Makes what sandboxes need to be made: directories, the walls of the host's network.
+    /// Done by itself before the first of them; repeating it is harmless.
+    ///
+    /// # Errors
+    /// [`Cause::File`], [`Cause::Network`].
+    pub fn ready(&self, deadline: Deadline) -> Result<(), Error> {
+        let deadline = self.ctx.deadline(deadline);
+        self.ctx
+            .ready(deadline)
+            .map_err(|cause| Error::of_host(Operation::Open, cause))
     }
 
     /// How it is set up.
@@ -130,6 +144,13 @@ impl Host {
         progress: &mut dyn FnMut(BuildProgress),
         deadline: Deadline,
     ) -> Result<Template, BuildError> {
+        self.ready(deadline).map_err(|error| BuildError {
+            name: spec.name.clone(),
+            stage: BuildStage::Network,
+            cause: Box::new(BuildCause::Host(error)),
+            log: Vec::new(),
+            leftovers: Vec::new(),
+        })?;
         let workshop = Workshop {
             store: &self.templates,
             disks: &self.ctx.disks,
@@ -144,6 +165,7 @@ impl Host {
     /// # Errors
     /// [`Error`]; everything made for it has been undone, or is named in it.
     pub fn launch(&self, template: &Template, options: LaunchOptions) -> Result<Sandbox, Error> {
+        self.ready(options.deadline)?;
         // Until the sandbox's own disk and VM keep the template, this does.
         let held = template
             .hold()
@@ -160,6 +182,7 @@ impl Host {
     /// [`Error`]; it is paused as before then, or lost where it may have run and written
     /// something.
     pub fn resume(&self, id: &SandboxId, options: ResumeOptions) -> Result<Sandbox, Error> {
+        self.ready(options.deadline)?;
         sandbox::prepare_resume(&self.ctx, id, options)?.run()
     }
 
@@ -171,22 +194,30 @@ impl Host {
         Sandbox::open(&self.ctx, id)
     }
 
-    /// All sandboxes, by id. One that is destroyed meanwhile is left out.
+    /// The ids of all sandboxes, in order, whatever state they are in.
     ///
     /// # Errors
     /// [`Cause::File`] where they cannot be listed.
-    pub fn sandboxes(&self) -> Result<Vec<Sandbox>, Error> {
+    pub fn ids(&self) -> Result<Vec<SandboxId>, Error> {
         let root = &self.ctx.config.root;
         let listing = sandbox::list(root).map_err(|source| {
             let path = root.clone();
             let what = "list the sandboxes of";
             Error::of_host(Operation::Inspect, Cause::File { what, path, source })
         })?;
+        Ok(listing.ids)
+    }
+
+    /// All sandboxes, by id. One that is destroyed meanwhile is left out.
+    ///
+    /// # Errors
+    /// [`Cause::File`] where they cannot be listed, and what reading a journal says.
+    pub fn sandboxes(&self) -> Result<Vec<Sandbox>, Error> {
         let open = |id: &SandboxId| match self.sandbox(id) {
             Err(error) if error.is_unknown() => None,
             other => Some(other),
         };
-        listing.ids.iter().filter_map(open).collect()
+        self.ids()?.iter().filter_map(open).collect()
     }
 
     /// Makes the template `name` of a running sandbox, reporting how far the copy of its disk

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use rewake_sys::netns;
@@ -110,18 +110,14 @@ pub(crate) struct Context {
     pub(crate) disks: DiskPool,
     pub(crate) pool: SlotPool,
     pub(crate) admission: Admission,
+    ready: OnceLock<()>,
 }
 
 impl Context {
-    /// Opens network and disks, and makes the directories that are missing.
-    pub(crate) fn open(config: HostConfig, deadline: Deadline) -> Result<Self, Error> {
+    /// Opens network and disks; they stay as they are.
+    pub(crate) fn open(config: HostConfig) -> Result<Self, Error> {
         let failed = |cause| Error::of_host(Operation::Open, cause);
-        for dir in [super::dir::all(&config.root), config.runtime_dir.clone()] {
-            std::fs::create_dir_all(&dir).map_err(|error| failed(file("make", dir)(error)))?;
-        }
         let net = open_net(&config).map_err(|error| failed(Cause::Network(error)))?;
-        net.prepare(deadline)
-            .map_err(|error| failed(Cause::Network(error)))?;
         let net = Arc::new(net);
         let pool = SlotPool::start(Arc::clone(&net), config.slots.clone());
         let pool =
@@ -132,7 +128,27 @@ impl Context {
             net,
             pool,
             config,
+            ready: OnceLock::new(),
         })
+    }
+
+    /// Makes what sandboxes need to be made, once: directories, and the host's side of the
+    /// network.
+    pub(crate) fn ready(&self, deadline: Deadline) -> Result<(), Cause> {
+        if self.ready.get().is_some() {
+            return Ok(());
+        }
+        let dirs = [
+            super::dir::all(&self.config.root),
+            self.config.runtime_dir.clone(),
+        ];
+        for dir in dirs {
+            std::fs::create_dir_all(&dir).map_err(file("make", &dir))?;
+        }
+        self.net.prepare(deadline).map_err(Cause::Network)?;
+        // Whoever came second did the same.
+        let _ = self.ready.set(());
+        Ok(())
     }
 
     /// Where the agent of every guest listens, seen from inside its slot.

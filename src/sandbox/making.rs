@@ -190,6 +190,13 @@ impl Making {
         }
         self.concluded = true;
         let timeline = restored.timeline.clone();
+        // What was read of its log is in no pipe any more.
+        let log = restored.vmm.log.tail();
+        if !log.is_empty()
+            && let Err(error) = super::vmm_log::save(&self.hold.dir.vmm_log(), &log)
+        {
+            log::warn!("Sandbox {}: {error}", self.hold.id);
+        }
         // From here on the journal answers for the process.
         drop(restored.into_parts());
         // Both stay as they are, without anybody holding them.
@@ -236,6 +243,7 @@ impl Making {
                 .unwrap_or_else(|| Init::new().lifecycle),
             lazy: restored.memory_mode == MemoryMode::OnDemand,
             vmm: restored.build.clone(),
+            notes: restored.timeline.notes().to_vec(),
         });
         status
     }

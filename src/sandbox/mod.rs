@@ -161,6 +161,32 @@ impl Sandbox {
         Ok(status.state)
     }
 
+    /// Whether an operation on it was begun and nobody is at work with it any more: its maker
+    /// died. [`Host::recover`](crate::host::Host::recover) puts that right.
+    #[must_use]
+    pub fn is_stranded(&self) -> bool {
+        let dir = self.dir();
+        let begun = || {
+            let passing = |story: Story| story.status.state.is_passing();
+            dir.is_doomed() || self.story().is_ok_and(passing)
+        };
+        if !begun() {
+            return false;
+        }
+        // Asked again with the lock in hand: it may just have come to its end.
+        let lock = dir.try_lock().ok().flatten();
+        lock.is_some_and(|_lock| begun())
+    }
+
+    /// Its snapshot directories. The one that counts, where it is paused, bears the number of
+    /// its generation.
+    #[must_use]
+    pub fn snapshots(&self) -> Vec<std::path::PathBuf> {
+        let mut snapshots = self.dir().snapshots();
+        snapshots.sort_unstable();
+        snapshots
+    }
+
     /// The agent of the life that it lives now. A client of an earlier life answers with
     /// errors once the sandbox has been paused: take a new one.
     ///

@@ -139,6 +139,7 @@ fn take_back(place: &Path, staging: &Path) {
 
 /// Destroys the VM of a sandbox that is paused, and removes what only its earlier lives had.
 pub(crate) fn release(hold: &Hold, paused: &Status) -> Vec<Remains> {
+    super::vmm_log::rescue(hold);
     let mut left = hold.end_vm(Deadline::after(UNDO_BUDGET));
     if !left.is_empty() {
         return left;

@@ -356,6 +356,7 @@ fn half_resumed(hold: &Hold, status: &Status) -> Option<Fate> {
         lifecycle: Init::new().lifecycle,
         lazy: mode == MemoryMode::OnDemand,
         vmm: ping.build_version,
+        notes: vec!["It was adopted: whoever resumed it died".to_owned()],
     });
     let mut live = Live::of(&hold.ctx, &hold.id, &status).ok()?;
     if live.state(deadline).ok()? != VmState::Running {

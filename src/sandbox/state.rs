@@ -60,6 +60,15 @@ impl State {
         }
     }
 
+    /// Whether a sandbox is in it only while somebody is at work with it.
+    #[must_use]
+    pub const fn is_passing(self) -> bool {
+        matches!(
+            self,
+            Self::Launching | Self::Pausing | Self::Resuming | Self::Destroying
+        )
+    }
+
     /// Whether `next` may follow.
     #[must_use]
     pub const fn may_become(self, next: Self) -> bool {
@@ -97,6 +106,9 @@ pub struct RunningVm {
     pub lazy: bool,
     /// Cloud Hypervisor's version, with the suffixes of its build.
     pub vmm: String,
+    /// What was worth knowing when it came back: why its memory came back as it did.
+    #[serde(default)]
+    pub notes: Vec<String>,
 }
 
 /// What a sandbox is right now.

@@ -10,21 +10,29 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use super::error::{Cause, file};
+use super::hold::Hold;
+use super::live;
+use crate::resource::ledger::Step;
+use crate::resource::slot::ProcessIdentity;
 
 /// More than this is cut at the front: a guest can make Cloud Hypervisor log.
 const KEPT: usize = 1 << 20;
 
 /// Reads what is new, and returns all that is kept.
 pub(super) fn read(saved: &Path, pid: Option<u32>) -> Result<Vec<u8>, Cause> {
+    save(saved, &pid.map(drain).unwrap_or_default())
+}
+
+/// Adds what somebody has read, and returns all that is kept.
+pub(super) fn save(saved: &Path, fresh: &[u8]) -> Result<Vec<u8>, Cause> {
     let mut kept = match std::fs::read(saved) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
         other => other.map_err(file("read", saved))?,
     };
-    let fresh = pid.map(drain).unwrap_or_default();
     if fresh.is_empty() {
         return Ok(kept);
     }
-    kept.extend_from_slice(&fresh);
+    kept.extend_from_slice(fresh);
     let surplus = kept.len().saturating_sub(KEPT);
     kept.drain(..surplus);
     let write = || {
@@ -38,6 +46,19 @@ pub(super) fn read(saved: &Path, pid: Option<u32>) -> Result<Vec<u8>, Cause> {
     };
     write().map_err(file("write", saved))?;
     Ok(kept)
+}
+
+/// Saves what the VM of a sandbox has logged: its pipe goes with it.
+pub(super) fn rescue(hold: &Hold) {
+    for step in hold.journal.story().steps {
+        let Step::Process { pid, start_time } = step else {
+            continue;
+        };
+        let lives = live::open(ProcessIdentity { pid, start_time }).is_ok();
+        if lives && let Err(error) = read(&hold.dir.vmm_log(), Some(pid)) {
+            log::warn!("Sandbox {}: {error}", hold.id);
+        }
+    }
 }
 
 /// What lies in the pipe now; nothing where the process is gone or its output is no pipe.

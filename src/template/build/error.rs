@@ -87,6 +87,9 @@ pub enum BuildCause {
     /// The network slot could not be made.
     #[error(transparent)]
     Network(#[from] CreateError),
+    /// The host could not be readied.
+    #[error(transparent)]
+    Host(crate::host::Error),
     /// CH could not be started.
     #[error(transparent)]
     Launch(#[from] LaunchError),
@@ -168,6 +171,7 @@ impl BuildError {
             BuildCause::Template(error) => error.is_timeout(),
             BuildCause::Disk(failure) => failure.source.is_timeout(),
             BuildCause::Flatten(error) => error.is_timeout(),
+            BuildCause::Host(error) => error.is_timeout(),
             BuildCause::Api(ApiError::NoAnswer { source, .. }) => source.is_timeout(),
             BuildCause::Ready(ReadyError::Timeout { .. }) => true,
             BuildCause::Init(error) => error.is_timeout(),
