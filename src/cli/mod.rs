@@ -1,28 +1,34 @@
 //! The `rewake` command: what people type, what they see, and the exit codes.
 //!
 //! Exit codes: 0 done; 1 the operation failed; 2 the command line was wrong; 3 `doctor`
-//! found something missing; 4 a time limit passed.
+//! found something missing; 4 a time limit passed; 5 busy: the same may succeed later.
 
 mod bench;
 mod demo;
 mod disk;
 mod doctor;
+mod failure;
+mod host;
 mod net;
+mod progress;
 mod report;
 mod restore;
+mod sandbox;
 mod template;
+mod words;
 
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use rewake::restore::RestoreError;
+use failure::Kind;
 
 /// Brings frozen Cloud Hypervisor virtual machines back to life.
 #[derive(Debug, Parser)]
 #[command(name = "rewake", version, max_term_width = 100)]
 #[command(
     after_help = "Exit codes: 0 done; 1 the operation failed; 2 the command line was \
-                        wrong; 3 doctor found something missing; 4 a time limit passed."
+                        wrong; 3 doctor found something missing; 4 a time limit passed; 5 busy: \
+                        an operation is under way or the host is full, try again later."
 )]
 struct Cli {
     #[command(flatten)]
@@ -48,16 +54,38 @@ enum Command {
     Bench(Box<bench::BenchArgs>),
     /// Say what this machine lacks for restoring sandboxes, and how to mend it
     Doctor(doctor::DoctorArgs),
-    /// Make, attach, show, flatten and remove copy-on-write disks by hand
-    Disk(disk::DiskArgs),
     /// Show the whole story: boot, freeze, destroy, restore, remember
     Demo(demo::DemoArgs),
+    /// Bring a fresh sandbox to life from a template
+    Launch(Box<sandbox::LaunchArgs>),
+    /// Bring a paused sandbox back, with its address and disk
+    Resume(Box<sandbox::ResumeArgs>),
+    /// Freeze running sandboxes on disk and end their VMs
+    Pause(Box<sandbox::PauseArgs>),
+    /// Make a template of a running sandbox, which goes on
+    Snapshot(Box<sandbox::SnapshotArgs>),
+    /// Remove sandboxes and all that they have
+    Destroy(Box<sandbox::DestroyArgs>),
+    /// List sandboxes: state, age, memory, disk, address
+    Ls(Box<sandbox::ListArgs>),
+    /// Show all that is known of a sandbox
+    Inspect(Box<sandbox::InspectArgs>),
+    /// Print what Cloud Hypervisor logged about a sandbox
+    Logs(Box<sandbox::LogArgs>),
+    /// Put right what dead programs or a restart of the machine left behind
+    Recover(Box<sandbox::RecoverArgs>),
+    /// Make, attach, show, flatten and remove copy-on-write disks by hand
+    Disk(disk::DiskArgs),
     /// Build, show, check and remove network slots by hand
     Net(net::NetArgs),
     /// Bring one snapshot directory back to life and leave the VM running
     Restore(Box<restore::RestoreArgs>),
     /// Build, import, list, show and remove templates
     Template(template::TemplateArgs),
+    /// Print a completion script for a shell
+    Completion(words::CompletionArgs),
+    /// Print a manual page, or write them all
+    Man(words::ManArgs),
 }
 
 /// What a command ends with where it does not simply succeed.
@@ -66,6 +94,8 @@ enum Failure {
     Error(Box<dyn std::error::Error>),
     /// `doctor` has said what is missing.
     Missing,
+    /// What went wrong was said already.
+    Told(Kind),
 }
 
 impl<E: std::error::Error + 'static> From<E> for Failure {
@@ -84,24 +114,39 @@ pub(crate) fn main() -> ExitCode {
     let outcome = match &cli.command {
         Command::Bench(args) => bench::run(args, cli.global),
         Command::Doctor(args) => doctor::run(args, cli.global),
-        Command::Disk(args) => disk::run(args, cli.global),
         Command::Demo(args) => demo::run(args, cli.global),
+        Command::Launch(args) => sandbox::launch(args, cli.global),
+        Command::Resume(args) => sandbox::resume(args, cli.global),
+        Command::Pause(args) => sandbox::pause(args, cli.global),
+        Command::Snapshot(args) => sandbox::snapshot(args, cli.global),
+        Command::Destroy(args) => sandbox::destroy(args, cli.global),
+        Command::Ls(args) => sandbox::list(args, cli.global),
+        Command::Inspect(args) => sandbox::inspect(args, cli.global),
+        Command::Logs(args) => sandbox::log(args, cli.global),
+        Command::Recover(args) => sandbox::recover(args, cli.global),
+        Command::Disk(args) => disk::run(args, cli.global),
         Command::Net(args) => net::run(args, cli.global),
         Command::Restore(args) => restore::run(args, cli.global),
         Command::Template(args) => template::run(args, cli.global),
+        Command::Completion(args) => words::completion(args),
+        Command::Man(args) => words::man(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Missing) => ExitCode::from(3),
+        Err(Failure::Told(kind)) => ExitCode::from(kind.code()),
         Err(Failure::Error(error)) => {
             report::error(error.as_ref(), cli.global);
-            let timeout = error
-                .downcast_ref::<RestoreError>()
-                .is_some_and(RestoreError::is_timeout)
-                || disk::is_timeout(error.as_ref())
-                || template::is_timeout(error.as_ref());
-            ExitCode::from(if timeout { 4 } else { 1 })
+            ExitCode::from(Kind::of(error.as_ref()).code())
         }
+    }
+}
+
+/// `NAME=VALUE` of the command line.
+fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("NAME=VALUE is needed".to_owned()),
     }
 }
 
@@ -114,4 +159,22 @@ fn start_log(verbose: u8) {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level))
         .format_timestamp_micros()
         .init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn variables_are_told_from_other_words() {
+        assert_eq!(pair("A=b=c"), Ok(("A".to_owned(), "b=c".to_owned())));
+        for bad in ["A", "=b", ""] {
+            assert!(pair(bad).is_err(), "{bad:?}");
+        }
+    }
 }

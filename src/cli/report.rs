@@ -5,35 +5,23 @@ use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
+use rewake::host::{self, Cause};
 use rewake::restore::RestoreError;
 use rewake::template::BuildError;
+use rewake::timeline::Timeline;
 use rewake::trace::Trace;
 
-use super::{Failure, Global};
+use super::{Failure, Global, failure};
 
-/// Prints a failure once, with all its causes.
+/// Prints a failure once, with all its causes, what is left over, and what to do.
 pub(super) fn error(error: &(dyn Error + 'static), global: Global) {
-    let mut chain = Vec::new();
-    let mut next = Some(error);
-    while let Some(cause) = next {
-        chain.push(cause.to_string());
-        next = cause.source();
-    }
-    let details = Details::of(error);
     if global.json {
-        let document = serde_json::json!({"error": {
-            "message": chain.join(": "),
-            "chain": chain,
-            "leftovers": details.leftovers.unwrap_or_default(),
-            "stage": details.stage,
-            "log": details.log,
-            "timeline": details.timeline,
-        }});
-        println!("{document}");
+        println!("{}", serde_json::json!({ "error": error_document(error) }));
         return;
     }
-    let mut text = chain.join(": ");
-    if let Some(leftovers) = details.leftovers {
+    let told = Told::of(error);
+    let mut text = chain(error).join(": ");
+    if let Some(leftovers) = &told.leftovers {
         let left = if leftovers.is_empty() {
             "nothing".to_owned()
         } else {
@@ -42,44 +30,96 @@ pub(super) fn error(error: &(dyn Error + 'static), global: Global) {
         // Writing into a String cannot fail.
         let _ = write!(text, "; left over: {left}");
     }
-    for line in details.log.into_iter().flatten() {
+    for line in told.log {
         let _ = write!(text, "\n  cloud-hypervisor: {line}");
+    }
+    if let Some(hint) = failure::hint(error) {
+        let _ = write!(text, "\n  hint: {hint}");
     }
     eprintln!("rewake: {text}");
 }
 
-/// What some errors know beside their causes.
-#[derive(Default)]
-struct Details {
-    leftovers: Option<Vec<String>>,
-    stage: Option<&'static str>,
-    log: Option<Vec<String>>,
-    timeline: Option<serde_json::Value>,
+/// A failure for programs.
+pub(super) fn error_document(error: &(dyn Error + 'static)) -> serde_json::Value {
+    let chain = chain(error);
+    let told = Told::of(error);
+    serde_json::json!({
+        "message": chain.join(": "),
+        "kind": failure::Kind::of(error).word(),
+        "hint": failure::hint(error),
+        "chain": chain,
+        "leftovers": told.leftovers.unwrap_or_default(),
+        "stage": told.stage,
+        "log": told.log,
+        "timeline": told.timeline.map(Timeline::to_json),
+    })
 }
 
-impl Details {
-    fn of(error: &(dyn Error + 'static)) -> Self {
-        fn told<T: ToString>(leftovers: &[T]) -> Option<Vec<String>> {
-            Some(leftovers.iter().map(ToString::to_string).collect())
+/// An error and its causes, outermost first. A cause that its error shows as its own words
+/// is not repeated.
+pub(super) fn chain(error: &dyn Error) -> Vec<String> {
+    let mut chain = vec![error.to_string()];
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let text = cause.to_string();
+        if chain.last() != Some(&text) {
+            chain.push(text);
         }
+        next = cause.source();
+    }
+    chain
+}
+
+/// What errors of the library tell beside their causes.
+#[derive(Default)]
+struct Told<'e> {
+    /// What could not be undone; `None` where nothing was to be.
+    leftovers: Option<Vec<String>>,
+    stage: Option<&'static str>,
+    log: &'e [String],
+    timeline: Option<&'e Timeline>,
+}
+
+impl<'e> Told<'e> {
+    fn of(error: &'e (dyn Error + 'static)) -> Self {
         if let Some(error) = error.downcast_ref::<RestoreError>() {
             return Self {
-                leftovers: told(&error.leftovers),
+                leftovers: Some(texts(&error.leftovers)),
                 stage: Some(error.stage.name()),
-                log: Some(error.log.clone()),
-                timeline: Some(error.timeline.to_json()),
+                log: &error.log,
+                timeline: Some(&error.timeline),
             };
         }
         if let Some(error) = error.downcast_ref::<BuildError>() {
             return Self {
-                leftovers: told(&error.leftovers),
+                leftovers: Some(texts(&error.leftovers)),
                 stage: Some(error.stage.name()),
-                log: Some(error.log.clone()),
+                log: &error.log,
                 timeline: None,
             };
         }
-        Self::default()
+        let Some(error) = error.downcast_ref::<host::Error>() else {
+            return Self::default();
+        };
+        let told = Self {
+            leftovers: Some(texts(&error.leftovers)),
+            ..Self::default()
+        };
+        match &*error.cause {
+            Cause::Restore { stage, log, .. } => Self {
+                stage: Some(stage.name()),
+                log,
+                ..told
+            },
+            // Nothing was begun, so nothing was to be undone.
+            _ if error.leftovers.is_empty() => Self::default(),
+            _ => told,
+        }
     }
+}
+
+fn texts(things: &[impl ToString]) -> Vec<String> {
+    things.iter().map(ToString::to_string).collect()
 }
 
 /// Prints one JSON document on standard output.

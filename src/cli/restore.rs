@@ -74,17 +74,34 @@ pub(super) struct RestoreArgs {
 }
 
 /// How Cloud Hypervisor is started.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct VmmArgs {
     /// The cloud-hypervisor binary [default: looked up on PATH]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", help_heading = "Cloud Hypervisor")]
     pub(super) vmm: Option<PathBuf>,
+    /// Use the built-in stand-in, which runs no VM
+    #[cfg(feature = "sim")]
+    #[arg(long, conflicts_with = "vmm", help_heading = "Cloud Hypervisor")]
+    stand_in: bool,
     /// Start it without its event monitor: a little faster, with fewer phases in the timeline
-    #[arg(long)]
+    #[arg(long, help_heading = "Cloud Hypervisor")]
     no_events: bool,
     /// A further argument for it; may be repeated
-    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    #[arg(
+        long,
+        value_name = "ARG",
+        allow_hyphen_values = true,
+        help_heading = "Cloud Hypervisor"
+    )]
     vmm_arg: Vec<String>,
+    /// A variable for its environment, which is empty otherwise; may be repeated
+    #[arg(
+        long,
+        value_name = "NAME=VALUE",
+        value_parser = super::pair,
+        help_heading = "Cloud Hypervisor"
+    )]
+    vmm_env: Vec<(String, String)>,
 }
 
 /// How memory comes back, on the command line.
@@ -104,6 +121,14 @@ pub(super) enum Mode {
 }
 
 impl Mode {
+    /// One mode and no other, where one was asked for.
+    pub(super) const fn only(self) -> Option<MemoryMode> {
+        match self.policy(false) {
+            MemoryPolicy::Only(mode) => Some(mode),
+            MemoryPolicy::Auto { .. } => None,
+        }
+    }
+
     /// What it means for a snapshot that is, or is not, the sandbox's own.
     pub(super) const fn policy(self, owned: bool) -> MemoryPolicy {
         MemoryPolicy::Only(match self {
@@ -118,13 +143,21 @@ impl Mode {
 
 impl VmmArgs {
     pub(super) fn launch_spec(&self) -> Result<LaunchSpec, Failure> {
+        let mut name = None;
         let program = match &self.vmm {
-            Some(path) => path.clone(),
+            #[cfg(feature = "sim")]
+            None if self.stand_in => {
+                name = Some(super::STAND_IN.to_owned());
+                std::env::current_exe()?
+            }
+            Some(path) => absolute(path)?,
             None => rewake::doctor::find_program("cloud-hypervisor").ok_or(NoVmm)?,
         };
         Ok(LaunchSpec {
             program,
+            name: name.take(),
             args: self.vmm_arg.clone(),
+            env: self.vmm_env.clone(),
             without_events: self.no_events,
             ..LaunchSpec::default()
         })
@@ -139,7 +172,7 @@ struct NoVmm;
 /// Seconds from the command line that are no time.
 #[derive(Debug, thiserror::Error)]
 #[error("{0} seconds are no time limit")]
-struct BadTimeout(f64);
+pub(super) struct BadTimeout(pub(super) f64);
 
 pub(super) fn run(args: &RestoreArgs, global: Global) -> Result<(), Failure> {
     let deadline = match args.timeout {

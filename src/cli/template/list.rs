@@ -34,6 +34,15 @@ pub(super) fn list(store: &TemplateStore, global: Global) -> Result<(), Failure>
             users,
         });
     }
+    show_list(&entries, global)
+}
+
+/// The list of a root that is not there.
+pub(super) fn none(global: Global) -> Result<(), Failure> {
+    show_list(&[], global)
+}
+
+fn show_list(entries: &[Entry], global: Global) -> Result<(), Failure> {
     if global.json {
         let documents: Vec<Value> = entries.iter().map(document).collect();
         return report::json(&json!({ "templates": documents }));
@@ -45,7 +54,7 @@ pub(super) fn list(store: &TemplateStore, global: Global) -> Result<(), Failure>
         ],
         &rows,
     )?;
-    for entry in &entries {
+    for entry in entries {
         if let Err(error) = &entry.template {
             report::error(error, global);
         }

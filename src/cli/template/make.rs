@@ -9,10 +9,10 @@ use clap::Args;
 use rewake::deadline::Deadline;
 use rewake::envd::init::Init;
 use rewake::fault::Faults;
+use rewake::host::Host;
 use rewake::ids::{SandboxId, TemplateId};
 use rewake::probe_guest;
 use rewake::resource::disk::{DiskConfig, DiskPool};
-use rewake::resource::net::{HostNet, NetConfig};
 use rewake::template::{
     self, BuildNetwork, BuildProgress, BuildSpec, ImportDisk, ImportProgress, ImportSpec,
     PathStrategy, Template, TemplateStore, Transfer, Workshop,
@@ -21,8 +21,9 @@ use rewake::units::Bytes;
 use rewake::vmm::api::Version;
 use rewake::vmm::launch::LaunchSpec;
 
+use super::super::host::HostArgs;
 use super::super::restore::VmmArgs;
-use super::super::{Failure, Global, STAND_IN, disk, report};
+use super::super::{Failure, Global, disk, report};
 use super::list::template_document;
 
 #[derive(Debug, Args)]
@@ -66,19 +67,15 @@ pub(super) struct BuildArgs {
     #[arg(long, value_name = "DIR")]
     workdir: Option<String>,
     /// A variable for everything that the agent starts; may be repeated
-    #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
+    #[arg(long, value_name = "NAME=VALUE", value_parser = crate::cli::pair)]
     env: Vec<(String, String)>,
     #[command(flatten)]
     vmm: VmmArgs,
-    /// A variable for Cloud Hypervisor's environment, which is empty otherwise; repeatable
-    #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
-    vmm_env: Vec<(String, String)>,
-    /// A JSON file with the address plan of network slots [default: the built-in one]
-    #[arg(long, value_name = "FILE")]
-    net_config: Option<PathBuf>,
-    /// Play it with the stand-in, over a loopback port: no VM, only for trying things out
-    #[arg(long)]
-    stand_in: bool,
+    /// Talk to the stand-in over a loopback port instead of a network slot: needs no
+    /// privileges, and the template cannot be launched
+    #[cfg(feature = "sim")]
+    #[arg(long, requires = "stand_in")]
+    loopback: bool,
 }
 
 #[derive(Debug, Args)]
@@ -118,70 +115,64 @@ pub(super) struct ImportArgs {
     vmm_version: Option<Version>,
 }
 
-fn variable(text: &str) -> Result<(String, String), String> {
-    let pair = text.split_once('=').filter(|(name, _)| !name.is_empty());
-    let (name, value) = pair.ok_or("it takes NAME=VALUE")?;
-    Ok((name.to_owned(), value.to_owned()))
+impl BuildArgs {
+    #[cfg(feature = "sim")]
+    const fn is_on_loopback(&self) -> bool {
+        self.loopback
+    }
+
+    #[cfg(not(feature = "sim"))]
+    const fn is_on_loopback(&self) -> bool {
+        false
+    }
 }
 
 pub(super) fn build(
     args: &BuildArgs,
     store: &TemplateStore,
-    runtime_dir: &Path,
+    host: &HostArgs,
     deadline: Deadline,
     global: Global,
 ) -> Result<(), Failure> {
-    let disks = DiskPool::open(
-        DiskConfig {
-            runtime_dir: runtime_dir.to_owned(),
-            ..DiskConfig::default()
-        },
-        Faults::NONE,
-    );
-    let mut vmm = if args.stand_in {
-        LaunchSpec {
-            program: std::env::current_exe()?,
-            name: Some(STAND_IN.to_owned()),
-            ..LaunchSpec::default()
-        }
-    } else {
-        args.vmm.launch_spec()?
-    };
-    vmm.env.extend(args.vmm_env.iter().cloned());
-    let host;
-    let network = if args.stand_in {
-        // The port is free again at once; the stand-in takes it.
-        let guest = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
-        let words = ["--sim".to_owned(), format!("envd=tcp:{guest}")];
-        vmm.args.extend(words);
-        BuildNetwork::Direct(guest)
-    } else {
-        let config: NetConfig = match &args.net_config {
-            Some(path) => serde_json::from_slice(&std::fs::read(path)?)?,
-            None => NetConfig {
-                runtime_dir: runtime_dir.to_owned(),
-                ..NetConfig::default()
-            },
-        };
-        host = HostNet::open(config, Faults::NONE)?;
-        host.prepare(deadline)?;
-        BuildNetwork::Slot(&host)
-    };
     let kernel = Kernel::of(args)?;
     let spec = BuildSpec {
-        runtime_dir: runtime_dir.to_owned(),
-        ..spec(args, &kernel.path, vmm)
+        runtime_dir: host.runtime_dir.clone(),
+        ..spec(args, &kernel.path, args.vmm.launch_spec()?)
     };
     let mut teller = Teller::new();
     let begun = Instant::now();
-    let workshop = Workshop {
-        store,
-        disks: &disks,
-        network,
+    let built = if args.is_on_loopback() {
+        on_loopback(spec, store, &mut teller, deadline)
+    } else {
+        let host = Host::open_as_it_is(host.config()?)?;
+        let built = host.build(&spec, &mut |it| teller.building(it), deadline);
+        built.map_err(Failure::from)
     };
-    let built = template::build(&spec, workshop, &mut |it| teller.building(it), deadline);
     teller.end();
     made(&built?, begun.elapsed(), global)
+}
+
+fn on_loopback(
+    mut spec: BuildSpec,
+    store: &TemplateStore,
+    teller: &mut Teller,
+    deadline: Deadline,
+) -> Result<Template, Failure> {
+    // The port is free again at once; the stand-in takes it.
+    let guest = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
+    let words = ["--sim".to_owned(), format!("envd=tcp:{guest}")];
+    spec.vmm.args.extend(words);
+    let config = DiskConfig {
+        runtime_dir: spec.runtime_dir.clone(),
+        ..DiskConfig::default()
+    };
+    let workshop = Workshop {
+        store,
+        disks: &DiskPool::open(config, Faults::NONE),
+        network: BuildNetwork::Direct(guest),
+    };
+    let built = template::build(&spec, workshop, &mut |it| teller.building(it), deadline);
+    Ok(built?)
 }
 
 /// The guest's kernel as a file; the built-in one lies in a temporary one.
@@ -346,19 +337,6 @@ impl Teller {
     fn end(&self) {
         if self.watched {
             let _ = write!(io::stderr(), "\r\x1b[K");
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn variables_are_told_from_other_words() {
-        assert_eq!(variable("A=b=c"), Ok(("A".to_owned(), "b=c".to_owned())));
-        for bad in ["A", "=b", ""] {
-            assert!(variable(bad).is_err(), "{bad:?}");
         }
     }
 }

@@ -13,24 +13,13 @@ use rewake::ids::TemplateId;
 use rewake::template::{BuildError, ImportError, TemplateError, TemplateStore};
 use serde_json::json;
 
+use super::host::HostArgs;
 use super::{Failure, Global, report};
 
 #[derive(Debug, Args)]
 pub(super) struct TemplateArgs {
-    /// Where templates and sandboxes are kept
-    #[arg(
-        long,
-        value_name = "DIR",
-        default_value = "/var/lib/rewake",
-        global = true
-    )]
-    root: PathBuf,
-    /// Where the files of running VMs go, and where processes meet: locks
-    #[arg(long, value_name = "DIR", default_value = "/run/rewake", global = true)]
-    runtime_dir: PathBuf,
-    /// Give up after this many seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 3600, global = true)]
-    timeout: u64,
+    #[command(flatten)]
+    host: HostArgs,
     #[command(subcommand)]
     action: Action,
 }
@@ -60,12 +49,17 @@ enum Action {
 }
 
 pub(super) fn run(args: &TemplateArgs, global: Global) -> Result<(), Failure> {
-    let store = TemplateStore::open(&args.root, Faults::NONE)?;
-    let deadline = Deadline::after(Duration::from_secs(args.timeout));
+    if matches!(args.action, Action::Ls) && !args.host.is_there() {
+        // Looking does not make what is not there.
+        return list::none(global);
+    }
+    let store = TemplateStore::open(&args.host.root, Faults::NONE)?;
+    let usual = Deadline::after(Duration::from_secs(3600));
+    let deadline = args.host.deadline_or(usual)?;
     match &args.action {
         Action::Build(build) => {
             sweep(&store)?;
-            make::build(build, &store, &args.runtime_dir, deadline, global)
+            make::build(build, &store, &args.host, deadline, global)
         }
         Action::Import(import) => {
             sweep(&store)?;

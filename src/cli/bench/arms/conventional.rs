@@ -100,7 +100,7 @@ fn bring_back(job: &Job<'_>, running: &mut Running) -> Result<Outcome, String> {
             }
             text
         }
-        Failure::Missing => "something is missing".to_owned(),
+        Failure::Missing | Failure::Told(_) => "something is missing".to_owned(),
     })
 }
 

@@ -1,0 +1,12 @@
+//! The commands about sandboxes, as their user runs them: with the stand-in, in a network
+//! namespace of their own.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+#[path = "../netlab/mod.rs"]
+mod netlab;
+
+mod failures;
+mod place;
+mod story;
+mod words;
