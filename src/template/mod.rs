@@ -21,6 +21,8 @@ mod digest;
 mod error;
 mod facts;
 mod import;
+mod journal;
+mod lock;
 mod manifest;
 mod stage;
 mod store;
@@ -143,7 +145,7 @@ impl Template {
         let missing = || TemplateError::Missing {
             id: self.id().clone(),
         };
-        let (directory, identity) = match stage::open_directory(&self.dir, &Faults::NONE) {
+        let (directory, identity) = match lock::open_directory(&self.dir, &Faults::NONE) {
             Err(error) if error.errno() == Some(Errno::NOENT) => return Err(missing()),
             other => other?,
         };
@@ -154,7 +156,7 @@ impl Template {
             Err(TemplateError::Call { source, .. }) if source.is_busy() => return Err(missing()),
             other => other?,
         }
-        if stage::identity_of(&self.dir) != Some(identity) {
+        if lock::identity_of(&self.dir) != Some(identity) {
             return Err(missing());
         }
         Ok(Hold { directory })

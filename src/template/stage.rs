@@ -5,50 +5,41 @@
 //! locked knows that nobody will finish it.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use jiff::Timestamp;
 use rewake_sys::error::Named;
-use rustix::fs::{CWD, FlockOperation, Mode, OFlags, RenameFlags};
+use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use rustix::io::Errno;
 
 use super::cpu::Cpu;
 use super::digest::Sha256Hex;
 use super::error::{TemplateError, about, call};
 use super::facts::HostFacts;
+use super::journal::{DISK_DIR, JOURNAL_FILE, StageLog, append};
+use super::lock::{identity_of, lock, open_directory};
 use super::manifest::{
     AgentRecord, DiskPath, FileRecord, HostRecord, Kind, Lineage, MANIFEST_FILE, Manifest,
     MemoryImage, MemoryRecord, ROOTFS_FILE, TemplateDisk, VmmRecord, words,
 };
 use super::store::{TemplateStore, sync_directory};
 use super::{Template, check};
-use crate::deadline::Deadline;
 use crate::fault::Faults;
 use crate::ids::TemplateId;
-use crate::resource::disk::{BaseIdentity, DiskConfig, DiskPool};
-use crate::resource::ledger::{Ledger, Leftover, Step, StepLog};
+use crate::resource::disk::BaseIdentity;
+use crate::resource::ledger::{Step, StepLog};
 use crate::snapshot::dir::{CONFIG_FILE, STATE_FILE};
 use crate::snapshot::{MEMORY_FILE, SnapshotDir, SnapshotLimits, ZONE_FILE};
 use crate::vmm::api::Version;
-use crate::vmm::orphan;
 
 /// Begins the names of staging directories.
 pub(super) const STAGE_PREFIX: &str = ".stage-";
 /// Begins the names of templates that are being removed.
 pub(super) const GONE_PREFIX: &str = ".gone-";
-/// What else a maker has in the kernel, a step a line. It never gets into a template.
-pub(super) const JOURNAL_FILE: &str = "journal";
-/// Where a maker keeps the disk that it boots from, if it has one.
-const DISK_DIR: &str = "disk";
-/// Journals are short; what is longer is none.
-const JOURNAL_MAX: u64 = 1 << 20;
-/// How long undoing may take that nobody waits for.
-const UNDO_BUDGET: Duration = Duration::from_secs(10);
 /// What a template may consist of.
 const FILES: [&str; 6] = [
     MANIFEST_FILE,
@@ -309,31 +300,6 @@ impl Drop for Stage {
     }
 }
 
-/// The journal of a staging directory.
-#[derive(Debug)]
-struct StageLog {
-    path: PathBuf,
-}
-
-impl StepLog for StageLog {
-    fn made(&self, step: &Step) -> io::Result<()> {
-        append(&self.path, step)
-    }
-
-    /// It goes with its directory.
-    fn undone(&self, _: &Step) {}
-}
-
-/// Writes a step to a journal. Nothing is synced: what it tells of is gone after a crash of
-/// the machine.
-fn append(journal: &Path, step: &Step) -> io::Result<()> {
-    let mut line = serde_json::to_vec(step)?;
-    line.push(b'\n');
-    let mut options = File::options();
-    let mut journal = options.append(true).create(true).open(journal)?;
-    journal.write_all(&line)
-}
-
 impl TemplateStore {
     /// Makes a staging directory.
     ///
@@ -441,104 +407,4 @@ impl Stage {
             rustix::fs::fsync(&file).named("fsync")
         })
     }
-}
-
-/// Undoes what a dead maker had in the kernel, and removes its directory. `None` where its
-/// maker lives.
-pub(super) fn sweep_one(
-    path: &Path,
-    faults: &Faults,
-) -> Result<Option<Vec<Leftover>>, TemplateError> {
-    let (directory, identity) = open_directory(path, faults)?;
-    if !lock(&directory, path, faults)? || identity_of(path) != Some(identity) {
-        return Ok(None);
-    }
-    let steps = journalled(&path.join(JOURNAL_FILE));
-    // A maker may die before it can write down which process it has started.
-    let orphans = steps.iter().flat_map(|step| match step {
-        Step::Directory { path } => orphan::list(path),
-        _ => Vec::new(),
-    });
-    let orphans: Vec<Step> = orphans
-        .map(|orphan| Step::Process {
-            pid: orphan.process.pid,
-            start_time: orphan.process.start_time,
-        })
-        .collect();
-    let mut ledger = Ledger::from([steps, orphans].concat());
-    let deadline = Deadline::after(UNDO_BUDGET);
-    let leftovers = ledger.unwind(deadline);
-    if !leftovers.is_empty() {
-        // The journal is the only trace of them: it stays until they are gone.
-        drop(ledger.release());
-        return Ok(Some(leftovers));
-    }
-    remove_disks(&path.join(DISK_DIR), deadline)?;
-    call(faults, about("remove", path), || {
-        std::fs::remove_dir_all(path).named("unlink")
-    })?;
-    Ok(Some(leftovers))
-}
-
-/// Removes the disks that a dead maker had. They are found by their records, which are there
-/// before anything else of them is.
-fn remove_disks(dir: &Path, deadline: Deadline) -> Result<(), TemplateError> {
-    if !dir.exists() {
-        return Ok(());
-    }
-    let failed = |source| TemplateError::Disks {
-        image: dir.to_owned(),
-        source,
-    };
-    let pool = DiskPool::open(DiskConfig::default(), Faults::NONE);
-    for id in pool.list(dir).map_err(failed)? {
-        let removed = pool.remove_by_id(&id, dir, false, deadline);
-        removed.map_err(|failure| failed(failure.source))?;
-    }
-    Ok(())
-}
-
-/// The steps of a journal, oldest first. The last line may have been cut short.
-fn journalled(path: &Path) -> Vec<Step> {
-    let Ok(file) = File::open(path) else {
-        return Vec::new();
-    };
-    let lines = BufReader::new(file.take(JOURNAL_MAX)).lines();
-    let lines = lines.map_while(Result::ok);
-    let steps = lines.map_while(|line| serde_json::from_str(&line).ok());
-    steps.collect()
-}
-
-/// Opens a directory and says which one it is.
-pub(super) fn open_directory(
-    path: &Path,
-    faults: &Faults,
-) -> Result<(OwnedFd, (u64, u64)), TemplateError> {
-    call(faults, about("open", path), || {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let directory = rustix::fs::open(path, flags, Mode::empty()).named("open")?;
-        let found = rustix::fs::fstat(&directory).named("fstat")?;
-        Ok((directory, (found.st_dev, found.st_ino)))
-    })
-}
-
-/// Locks a directory for us alone; `false` where somebody else has it.
-pub(super) fn lock(
-    directory: &OwnedFd,
-    path: &Path,
-    faults: &Faults,
-) -> Result<bool, TemplateError> {
-    let locked = call(faults, about("lock", path), || {
-        rustix::fs::flock(directory, FlockOperation::NonBlockingLockExclusive).named("flock")
-    });
-    match locked {
-        Err(TemplateError::Call { source, .. }) if source.is_busy() => Ok(false),
-        other => other.map(|()| true),
-    }
-}
-
-/// Device and inode under a name.
-pub(super) fn identity_of(path: &Path) -> Option<(u64, u64)> {
-    let found = std::fs::symlink_metadata(path).ok()?;
-    Some((found.dev(), found.ino()))
 }

@@ -12,11 +12,12 @@ use rustix::io::Errno;
 use super::Template;
 use super::error::{TemplateError, Users, about, call};
 use super::manifest::{MANIFEST_FILE, Manifest, ROOTFS_FILE};
-use super::stage::{self, GONE_PREFIX, STAGE_PREFIX};
+use super::stage::{GONE_PREFIX, STAGE_PREFIX};
+use super::{journal, lock};
 use crate::deadline::Deadline;
 use crate::fault::Faults;
 use crate::ids::TemplateId;
-use crate::resource::disk::{DiskConfig, DiskPool, DiskRecord};
+use crate::resource::disk::{DiskConfig, DiskError, DiskPool, DiskRecord};
 use crate::resource::ledger::Leftover;
 use crate::snapshot::{self, MEMORY_FILE, Reserved, ZONE_FILE};
 
@@ -132,7 +133,7 @@ impl TemplateStore {
                 continue;
             }
             let path = self.templates.join(name);
-            match stage::sweep_one(&path, &self.faults) {
+            match journal::sweep_one(&path, &self.faults) {
                 Ok(Some(leftovers)) => swept.push(Swept { path, leftovers }),
                 Ok(None) => {}
                 Err(error) => log::warn!("{error}"),
@@ -166,14 +167,14 @@ impl TemplateStore {
     pub fn remove(&self, id: &TemplateId, deadline: Deadline) -> Result<(), TemplateError> {
         let path = self.directory_of(id);
         let busy = |by| TemplateError::Busy { id: id.clone(), by };
-        let (directory, identity) = match stage::open_directory(&path, &self.faults) {
+        let (directory, identity) = match lock::open_directory(&path, &self.faults) {
             Err(error) if error.errno() == Some(Errno::NOENT) => {
                 return Err(TemplateError::Missing { id: id.clone() });
             }
             other => other?,
         };
         // Against launches, which hold it until their disks are on record.
-        if !stage::lock(&directory, &path, &self.faults)? {
+        if !lock::lock(&directory, &path, &self.faults)? {
             return Err(busy(Users {
                 launching: true,
                 ..Users::default()
@@ -221,7 +222,7 @@ impl TemplateStore {
             rename(path, gone)
         })
         .and_then(|()| sync_directory(&self.templates, &self.faults));
-        if moved.is_err() && stage::identity_of(gone) == Some(ours) {
+        if moved.is_err() && lock::identity_of(gone) == Some(ours) {
             call(&Faults::NONE, about("take back", path), || {
                 rename(gone, path)
             })?;
@@ -242,15 +243,18 @@ impl TemplateStore {
     /// The sandboxes whose disks stand on an image: attached ones as the kernel knows them,
     /// all others by their records.
     fn disks_on(&self, image: &Path) -> Result<Vec<String>, TemplateError> {
-        let Some((_, inode)) = stage::identity_of(image) else {
+        let Some((_, inode)) = lock::identity_of(image) else {
             return Ok(Vec::new());
         };
         let pool = DiskPool::open(DiskConfig::default(), Faults::NONE);
-        let sharers = pool.sharers_of(image);
-        let mut found = sharers.map_err(|source| TemplateError::Disks {
-            image: image.to_owned(),
-            source,
-        })?;
+        let mut found = match pool.sharers_of(image) {
+            // What cannot be a base image is none.
+            Err(DiskError::Unusable { .. }) => return Ok(Vec::new()),
+            other => other.map_err(|source| TemplateError::Disks {
+                image: image.to_owned(),
+                source,
+            })?,
+        };
         let Ok(sandboxes) = std::fs::read_dir(&self.sandboxes) else {
             return Ok(found);
         };
@@ -316,7 +320,7 @@ fn base_of(record: &Path) -> Option<crate::resource::disk::BaseIdentity> {
 /// How many open files hold a lock on a template's memory (`proc_locks(5)`). Each VM that has
 /// it mapped inherits one.
 fn lockers(directory: &Path) -> usize {
-    let images = IMAGES.map(|name| stage::identity_of(&directory.join(name)));
+    let images = IMAGES.map(|name| lock::identity_of(&directory.join(name)));
     let keys = images.into_iter().flatten().map(|(device, inode)| {
         let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
         format!("{major:02x}:{minor:02x}:{inode}")

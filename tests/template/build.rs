@@ -256,6 +256,23 @@ fn a_name_that_is_taken_is_refused_before_anything_is_booted() {
 }
 
 #[test]
+fn a_guest_that_the_disk_has_no_room_for_is_refused_before_it_boots() {
+    let yard = Yard::new("room", Faults::NONE);
+    let spec = BuildSpec {
+        memory: Bytes::gib(1 << 20),
+        ..yard.spec(&["start:die"])
+    };
+    let refused = yard.build(&spec).unwrap_err();
+    assert_eq!(refused.stage, BuildStage::Check);
+    assert!(
+        matches!(*refused.cause, BuildCause::Space(_)),
+        "{}",
+        chain(&refused)
+    );
+    yard.assert_nothing_left(&[], "no room");
+}
+
+#[test]
 fn whatever_breaks_in_the_vmm_or_the_guest_leaves_nothing_and_says_where() {
     for (fault, stage) in [
         ("start:die", BuildStage::Launch),

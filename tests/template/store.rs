@@ -296,7 +296,8 @@ fn a_sweep_clears_what_the_dead_left_and_nothing_else() {
         chain(&refused)
     );
     alive.discard().unwrap();
-    // What has no manifest can be removed, too.
+    // What has no manifest, or no image that could be one, can be removed, too.
+    fs::write(root.join("templates/notes/rootfs.raw"), "no sectors").unwrap();
     store.remove(&name("notes"), soon()).unwrap();
     assert_eq!(root.names(), ["python"]);
 }

@@ -11,6 +11,7 @@ use crate::envd::ready::ReadyError;
 use crate::ids::TemplateId;
 use crate::resource::disk::{DiskError, DiskFailure};
 use crate::resource::net::{CreateError, SlotFailure};
+use crate::snapshot::SealError;
 use crate::units::Bytes;
 use crate::vmm::api::ApiError;
 use crate::vmm::launch::{LaunchError, StopError};
@@ -78,6 +79,12 @@ pub enum BuildCause {
     /// The memory cannot be a guest's.
     #[error("{0} of memory are no multiple of 2 MiB")]
     Memory(Bytes),
+    /// There is too little room for it.
+    #[error(transparent)]
+    Space(#[from] SealError),
+    /// The image of the root disk cannot serve as one.
+    #[error("The disk's image is refused")]
+    Image(#[source] DiskError),
     /// The disk could not be made.
     #[error(transparent)]
     Disk(#[from] DiskFailure),

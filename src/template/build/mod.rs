@@ -23,6 +23,7 @@ use crate::envd::init::Init;
 use crate::ids::{SandboxId, TemplateId};
 use crate::resource::disk::{DiskMode, DiskPool};
 use crate::resource::net::HostNet;
+use crate::snapshot;
 use crate::units::Bytes;
 use crate::vmm::launch::LaunchSpec;
 use site::Site;
@@ -240,6 +241,13 @@ fn look_at(spec: &BuildSpec, site: &Site<'_>) -> Result<FileRecord, BuildCause> 
     if spec.memory.0 == 0 || !spec.memory.0.is_multiple_of(2 << 20) {
         return Err(BuildCause::Memory(spec.memory));
     }
+    // A guest that finds no room for a page that it writes takes Cloud Hypervisor with it.
+    let disk = match &spec.rootfs {
+        Some(image) => DiskPool::identify(image).map_err(BuildCause::Image)?.bytes,
+        None => 0,
+    };
+    let needed = Bytes(spec.memory.0.saturating_add(disk));
+    snapshot::require_space(site.directory(), needed)?;
     let path = call(store.faults(), about("find", &spec.kernel), || {
         use rewake_sys::error::Named;
         spec.kernel.canonicalize().named("realpath")

@@ -78,6 +78,11 @@ impl<'a> Site<'a> {
         self.workshop.store
     }
 
+    /// The staging directory.
+    pub(super) fn directory(&self) -> &Path {
+        self.stage.path()
+    }
+
     /// The disk that the guest boots on. A sweep finds it by its record.
     pub(super) fn make_disk(
         &mut self,
