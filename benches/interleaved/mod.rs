@@ -19,10 +19,16 @@ impl Samples {
         sorted[((sorted.len() - 1) as f64 * fraction).round() as usize]
     }
 
+    #[allow(dead_code, reason = "not every measurement prints a table of its own")]
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     pub(crate) fn median(&self) -> Duration {
         self.at(0.5)
     }
 
+    #[allow(dead_code, reason = "as above")]
     pub(crate) fn print(&self, what: &str) {
         println!(
             "{what:38} median {:9.3?}  p99 {:9.3?}  min {:9.3?}  n {}",

@@ -34,6 +34,7 @@ targets! {
     template_manifest
     vm_config
     vmm_events
+    working_set
 }
 
 /// A small generator for choices that must depend on nothing but the input.

@@ -9,6 +9,7 @@ use rewake::deadline::Deadline;
 use rewake::envd;
 use rewake::envd::init::Init;
 use rewake::ids::{IfName, SandboxId, TemplateId};
+use rewake::memory::WorkingSet;
 use rewake::plan::{MemoryMode, MemoryPolicy, RestoreInputs, RootDisk};
 use rewake::restore::{RestoreSpec, Restored, restore};
 use rewake::snapshot::Recorded;
@@ -40,6 +41,10 @@ pub(super) struct RestoreArgs {
     /// which then no longer matches the snapshot
     #[arg(long)]
     owned: bool,
+    /// Keep a list of the memory that the guest needed until it was ready in the snapshot
+    /// directory; the next restore reads it ahead
+    #[arg(long)]
+    record_working_set: bool,
     /// Raw image or block device in place of the recorded disk [default: the recorded one]
     #[arg(long, value_name = "PATH")]
     disk: Option<PathBuf>,
@@ -182,6 +187,9 @@ pub(super) fn run(args: &RestoreArgs, global: Global) -> Result<(), Failure> {
         }
     };
     let restored = restore(&spec(args)?, deadline)?;
+    if args.record_working_set {
+        WorkingSet::record(restored.vmm.pid())?.save(&args.directory)?;
+    }
     show(&restored, global)?;
     if let Some(path) = &args.trace {
         let mut trace = Trace::new(restored.timeline.origin());

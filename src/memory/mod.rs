@@ -5,12 +5,14 @@
 //! process. It shows in `/proc/PID/smaps` (proc_pid_smaps(5)), mapping by mapping.
 
 mod smaps;
+mod working_set;
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::PathBuf;
 
 pub use smaps::{Mapping, SmapsError, parse};
+pub use working_set::{Extent, Malformed, WORKING_SET_FILE, WorkingSet, WorkingSetError};
 
 use crate::units::Bytes;
 

@@ -118,6 +118,7 @@ impl Start {
         self.timeline.mark(Phase::Spawned);
         let (id, pid) = (&spec.inputs.sandbox_id, vmm.pid());
         log::info!("Sandbox {id}: Cloud Hypervisor is process {pid}");
+        memory::read_ahead(&plan, &snapshot, &mut self.timeline);
         self.pass_gate(spec)?;
 
         // CH takes milliseconds to come up: time to make the probes' sockets.
@@ -174,6 +175,7 @@ impl Start {
         self.timeline
             .note(format!("Process {pid} was warm, ready for {idle_ms:.1} ms"));
         log::info!("Sandbox {id}: Cloud Hypervisor is process {pid}, which was warm");
+        memory::read_ahead(&plan, &snapshot, &mut self.timeline);
         self.pass_gate(spec)?;
         let started = Started {
             plan,

@@ -213,18 +213,43 @@ pub fn install(
         .map_err(call(parent, "fsync"))
 }
 
-/// The open memory file of a running or paused VM that was restored in `Map` or `Shared`: the
-/// descriptor that it inherited, whatever the file is called now. Opened with `O_PATH`.
+/// The file that a VM in `Map` or `Shared` has its memory in, whatever it is called now,
+/// opened with `O_PATH`.
+///
+/// It is the one that the process has both open and mapped (`/proc/PID/fd`, `/proc/PID/maps`),
+/// so it does not matter how it got there.
 ///
 /// # Errors
-/// [`SealError::Call`]: the process is gone, or somebody else's.
+/// [`SealError::Call`]: the process is gone or somebody else's, or has no such file (`ENOENT`).
 pub fn memory_of(pid: u32) -> Result<OwnedFd, SealError> {
-    let path = PathBuf::from(format!(
-        "/proc/{pid}/fd/{}",
-        crate::vmm::launch::FIRST_INHERITED
-    ));
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
-    fs::openat(CWD, &path, flags, Mode::empty()).map_err(call(&path, "openat"))
+    let maps = PathBuf::from(format!("/proc/{pid}/maps"));
+    let failed = |path: &Path, call: &'static str, error: &std::io::Error| SealError::Call {
+        path: path.to_owned(),
+        call,
+        source: Errno::from_io_error(error).unwrap_or(Errno::IO),
+    };
+    let text = std::fs::read(&maps).map_err(|error| failed(&maps, "read", &error))?;
+    let mappings = crate::memory::parse(&text).map_err(|_| call(&maps, "read")(Errno::BADMSG))?;
+    let is_mapped = |inode: u64| {
+        let mut files = mappings.iter().filter(|mapping| mapping.has_file());
+        files.any(|mapping| mapping.inode == inode)
+    };
+    let fds = PathBuf::from(format!("/proc/{pid}/fd"));
+    let entries = std::fs::read_dir(&fds).map_err(|error| failed(&fds, "open", &error))?;
+    for entry in entries.flatten() {
+        let path = entry.path();
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        // It may be closed by now, and then it is not the one.
+        let Ok(fd) = fs::openat(CWD, &path, flags, Mode::empty()) else {
+            continue;
+        };
+        let stat = fs::fstat(&fd).map_err(call(&path, "fstat"))?;
+        let regular = fs::FileType::from_raw_mode(stat.st_mode) == fs::FileType::RegularFile;
+        if regular && is_mapped(stat.st_ino) {
+            return Ok(fd);
+        }
+    }
+    Err(call(&maps, "read")(Errno::NOENT))
 }
 
 /// A second name for the memory file.

@@ -8,6 +8,7 @@ pub mod error;
 pub mod inherited;
 pub mod kvm;
 pub mod loopdev;
+pub mod memslot;
 pub mod netns;
 pub mod process;
 pub mod tun;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rewake::deadline::Deadline;
 use rewake::fault::Faults;
-use rewake::memory;
+use rewake::memory::{self, WORKING_SET_FILE, WorkingSet, WorkingSetError};
 use rewake::plan::{MemoryMode, MemoryPolicy};
 use rewake::probe_guest::{Settings, checksum_of_words, expected_checksum};
 use rewake::restore::Restored;
@@ -297,6 +297,61 @@ fn root_kvm_memory_is_accounted_for_by_who_has_it() {
     if let Some(on_demand) = of(MemoryMode::OnDemand) {
         assert!(on_demand.private.0 >= 30 * map.private.0, "{on_demand:?}");
     }
+}
+
+#[test]
+fn root_kvm_a_working_set_is_recorded_and_read_ahead() {
+    const TEST: &str = "root_kvm_a_working_set_is_recorded_and_read_ahead";
+    let Some(mut lab) = Lab::new(TEST) else {
+        return;
+    };
+    let [private, ..] = origins(&lab).unwrap();
+    let (snapshot, _, witness) = template(&mut lab, &private);
+    let restored = lab.restore_with_rewake(&snapshot, MemoryMode::Copy);
+    let error = WorkingSet::record(restored.vmm.pid()).unwrap_err();
+    assert!(
+        matches!(error, WorkingSetError::NotMapped { .. }),
+        "{error:?}"
+    );
+    end(restored);
+
+    let restored = lab.restore_with_rewake(&snapshot, MemoryMode::Map);
+    assert_eq!(restored.timeline.notes(), [""; 0]);
+    let untouched = 20_000;
+    let has = |set: &WorkingSet, page: u64| {
+        let mut extents = set.extents().iter();
+        extents.any(|extent| (extent.first..extent.first + extent.pages).contains(&page))
+    };
+    assert!(!has(
+        &WorkingSet::record(restored.vmm.pid()).unwrap(),
+        untouched
+    ));
+    // Without the pages below 1 MiB that the guest does not count: 96 more in the file.
+    lab.json(Method::Get, &format!("/probe/word?page={}", untouched - 96));
+    let set = WorkingSet::record(restored.vmm.pid()).unwrap();
+    assert!(
+        has(&set, untouched),
+        "a page that was read is not in the set"
+    );
+    assert!(has(&set, 256), "the guest's own code is not in the set");
+    assert!(set.size() < Bytes::mib(64), "{}", set.size());
+    set.save(&snapshot).unwrap();
+    end(restored);
+
+    let restored = lab.restore_with_rewake(&snapshot, MemoryMode::Map);
+    let expected = format!("A working set of {} is read ahead", set.size());
+    assert_eq!(restored.timeline.notes(), [expected]);
+    witness.check(&lab, "read ahead");
+    end(restored);
+
+    fs::write(snapshot.join(WORKING_SET_FILE), "damaged").unwrap();
+    let restored = lab.restore_with_rewake(&snapshot, MemoryMode::Map);
+    let notes = restored.timeline.notes();
+    assert!(
+        notes[0].starts_with("No working set is read ahead"),
+        "{notes:?}"
+    );
+    end(restored);
 }
 
 #[test]

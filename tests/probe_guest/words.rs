@@ -500,7 +500,8 @@ fn keeps_words_in_any_page_of_memory() {
             "{request}: {answer}"
         );
     }
-    assert_eq!(guest.agent.board.words[2..5], [70, 71, 72]);
+    ask("POST /probe/word?page=1&pages=2&stride=5&value=9");
+    assert_eq!(guest.agent.board.words[1..7], [9, 70, 71, 72, 0, 10]);
 }
 
 #[test]
