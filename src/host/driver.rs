@@ -36,6 +36,8 @@ pub struct Driver {
 
 struct UnderWay {
     key: Key,
+    /// Something happened that it has not been told to look at yet.
+    stirred: bool,
     // Dropped in this order: the partial VM before its slot and disk.
     restoring: Restoring,
     making: Making,
@@ -122,6 +124,7 @@ impl Driver {
         self.next_key += 1;
         let under_way = UnderWay {
             key,
+            stirred: true,
             restoring,
             making,
             _held: held,
@@ -142,6 +145,7 @@ impl Driver {
         };
         if let Some(one) = self.under_way.get_mut(&(index / Self::TOKENS_EACH)) {
             one.restoring.on_event(registry, event);
+            one.stirred = true;
         }
     }
 
@@ -153,6 +157,11 @@ impl Driver {
     ) -> Vec<(Key, Result<Sandbox, Error>)> {
         let mut ended = Vec::new();
         for (place, one) in &mut self.under_way {
+            // Looking costs system calls: a crowd must not be looked at for each one's sake.
+            let its_time = one.restoring.wake_at().is_some_and(|at| at <= now);
+            if !std::mem::take(&mut one.stirred) && !its_time {
+                continue;
+            }
             if let ControlFlow::Break(outcome) = one.restoring.advance(registry, now) {
                 ended.push((*place, outcome));
             }

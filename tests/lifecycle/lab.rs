@@ -46,21 +46,13 @@ impl Lab {
 
     /// Its configuration; `sim` are orders for the stand-in.
     pub(crate) fn config(&self, sim: &[&str]) -> HostConfig {
-        let mut config = HostConfig::new(&self.root);
-        config.net = self.net.config();
-        config = config.with_runtime_dir(self.net.dir.join("run"));
         let host = format!(
             "/proc/{}/fd/{}",
             std::process::id(),
             self.net.host.as_raw_fd()
         );
-        config.netns = Some(host.into());
-        config.vmm = stand_in(sim);
-        config.disk_mode = DiskMode::Only(DiskKind::Copy);
-        config.limits = Limits {
-            sandboxes: None,
-            memory_reserve: Bytes(0),
-        };
+        let mut config = config_of(&self.net.dir, host.as_ref(), sim);
+        config.net.prefix = self.net.config().prefix;
         config
     }
 
@@ -119,6 +111,19 @@ impl Lab {
         let found = rewake::vmm::orphan::list(&self.net.dir.join("run"));
         found.into_iter().map(|it| it.process.pid).collect()
     }
+}
+
+/// The configuration of the host in a directory.
+pub(crate) fn config_of(dir: &Path, netns: &Path, sim: &[&str]) -> HostConfig {
+    let mut config = HostConfig::new(dir.join("root")).with_runtime_dir(dir.join("run"));
+    config.netns = Some(netns.to_owned());
+    config.vmm = stand_in(sim);
+    config.disk_mode = DiskMode::Only(DiskKind::Copy);
+    config.limits = Limits {
+        sandboxes: None,
+        memory_reserve: Bytes(0),
+    };
+    config
 }
 
 pub(crate) fn stand_in(orders: &[&str]) -> LaunchSpec {

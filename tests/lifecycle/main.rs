@@ -5,6 +5,8 @@
 #[path = "../netlab/mod.rs"]
 mod netlab;
 
+mod crash;
 mod faults;
 mod lab;
+mod many;
 mod story;
