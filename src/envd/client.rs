@@ -484,7 +484,21 @@ impl Client {
     /// # Errors
     /// [`ClientError::NoAnswer`], [`ClientError::Garbled`], [`ClientError::Request`].
     pub fn get_other(&self, path: &str, deadline: Deadline) -> Result<Response, ClientError> {
-        let request = self.request(Method::Get, path);
+        self.other(Method::Get, path, deadline)
+    }
+
+    /// Asks for anything else by any method, without a body, and returns the answer whatever
+    /// its status. It may be sent more than once.
+    ///
+    /// # Errors
+    /// As [`get_other`](Self::get_other).
+    pub fn other(
+        &self,
+        method: Method,
+        path: &str,
+        deadline: Deadline,
+    ) -> Result<Response, ClientError> {
+        let request = self.request(method, path);
         self.exchange(&request, Self::ENVS, deadline)
     }
 

@@ -9,4 +9,5 @@ mod crash;
 mod faults;
 mod lab;
 mod many;
+mod real;
 mod story;

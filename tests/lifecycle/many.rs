@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use mio::{Events, Poll};
-use rewake::host::{Driver, LaunchOptions, Limits, ResumeOptions};
+use rewake::host::{Driver, LaunchOptions, Limits, ResumeOptions, Sandbox};
 use rewake::ids::SandboxId;
 use rewake::resource::disk::{DiskKind, DiskMode};
 use rewake::wire::reactor::{TokenRange, wait};
@@ -54,7 +54,7 @@ fn root_two_hundred_restores_in_flight_on_one_thread() {
             driver.on_event(poll.registry(), event);
         }
     }
-    let addresses: BTreeSet<_> = launched.iter().map(|it| it.host_ip()).collect();
+    let addresses: BTreeSet<_> = launched.iter().map(Sandbox::host_ip).collect();
     assert_eq!(addresses.len(), IN_FLIGHT);
     assert_eq!(lab.processes().len(), IN_FLIGHT);
     std::thread::scope(|scope| {
