@@ -137,8 +137,9 @@ fn vm_restores_onto_another_device_with_the_same_contents() {
     );
 }
 
-/// Puts the guest on a disk, expects all that must be true of it, lets it leave a mark.
-fn live_on(disk: &Disk, at: (&Namespace, &Path), marks: &machine::restored::Marks, mark: &str) {
+/// Puts the guest on a disk and expects all that must be true of it. Nobody has left a mark
+/// there yet.
+fn live_on(disk: &Disk, at: (&Namespace, &Path), marks: &machine::restored::Marks) -> Restored {
     let (namespace, snapshot) = at;
     let guest = Guest(namespace);
     let mut command = restore_command(namespace, snapshot);
@@ -146,9 +147,13 @@ fn live_on(disk: &Disk, at: (&Namespace, &Path), marks: &machine::restored::Mark
     let restored = Restored::by(command, "on-demand");
     check(&restored, guest, marks, "on-demand");
     let others = guest.shell("cat /disk/mark 2>/dev/null || echo none");
-    assert_eq!(others.trim(), "none", "{mark}: somebody else's write");
-    guest.shell(&format!("echo {mark} >/disk/mark && sync"));
-    restored.shut_down();
+    assert_eq!(
+        others.trim(),
+        "none",
+        "{}: somebody else's write",
+        disk.id()
+    );
+    restored
 }
 
 #[test]
@@ -184,10 +189,21 @@ fn vm_resumes_on_its_own_store_and_twice_from_a_template() {
     let template_before = checksum(&template);
     pool.remove(disk, true, soon()).unwrap();
 
-    let at = (&namespace, snapshot.as_path());
     let clones = ["pool-one", "pool-two"].map(|name| create(name, &template));
-    for clone in &clones {
-        live_on(clone, at, &marks, clone.id().as_str());
+    // Both at the same time, each where its address is its own.
+    let beside = Namespace::new("rwtest-pool-beside");
+    let places = [&namespace, &beside];
+    let lives = [0, 1].map(|i| live_on(&clones[i], (places[i], &snapshot), &marks));
+    for (clone, place) in clones.iter().zip(places) {
+        let mark = format!("echo {} >/disk/mark && sync", clone.id());
+        Guest(place).shell(&mark);
+    }
+    for (clone, place) in clones.iter().zip(places) {
+        Guest(place).shell("echo 3 >/proc/sys/vm/drop_caches");
+        assert_eq!(Guest(place).shell("cat /disk/mark"), clone.id().as_str());
+    }
+    for (clone, restored) in clones.iter().zip(lives) {
+        restored.shut_down();
         assert_eq!(pool.check(clone).unwrap().state, StoreState::Healthy);
     }
     assert_ne!(
@@ -197,7 +213,7 @@ fn vm_resumes_on_its_own_store_and_twice_from_a_template() {
     );
     let own = "pool-own".parse().unwrap();
     let disk = pool.attach(&own, &disks, soon()).unwrap();
-    live_on(&disk, at, &marks, "own");
+    live_on(&disk, (&namespace, &snapshot), &marks).shut_down();
 
     for disk in clones.into_iter().chain([disk]) {
         pool.remove(disk, false, soon()).unwrap();

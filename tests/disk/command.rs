@@ -2,6 +2,7 @@
 
 use std::process::Command;
 
+use rewake::fault::Faults;
 use serde_json::Value;
 
 use super::disklab::{Lab, Place, in_test_machine, pattern, read_all, write_block};
@@ -24,6 +25,16 @@ fn rewake(lab: &Lab, arguments: &[&str]) -> (i32, Value) {
         )
     });
     (output.status.code().unwrap(), document)
+}
+
+/// Expects a choice to be logged with its reason.
+fn assert_logged(lab: &Lab, arguments: &[&str], reason: &str) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rewake"));
+    command.args(["-v", "disk", "--dir"]).arg(lab.disks());
+    command.arg("--runtime-dir").arg(lab.dir.join("run"));
+    let output = command.args(arguments).output().unwrap();
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && log.contains(reason), "{log}");
 }
 
 fn lives_by_hand(lab: &Lab) {
@@ -67,6 +78,13 @@ fn lives_by_hand(lab: &Lab) {
     assert_eq!(rewake(lab, &["remove", id]).0, 0);
     assert_eq!(rewake(lab, &["remove", id]).0, 1, "it is gone");
     assert_eq!(rewake(lab, &["show"]).1["disks"], Value::Array(Vec::new()));
+    let reason = if lab.open(Faults::NONE).snapshots_work().is_ok() {
+        "dm-snapshot, the kernel has it"
+    } else {
+        ", no device-mapper: "
+    };
+    assert_logged(lab, &["create", image, "--id", id], reason);
+    assert_eq!(rewake(lab, &["remove", id]).0, 0);
     let late = ["create", image, "--timeout", "0", "--mode", mode];
     assert_eq!(rewake(lab, &late).0, 4, "out of time");
     lab.assert_clean("at the end");

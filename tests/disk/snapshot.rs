@@ -62,6 +62,8 @@ fn vm_two_hundred_disks_share_three_images() {
     let Some(lab) = lab("vm_two_hundred_disks_share_three_images") else {
         return;
     };
+    let census = || (run("losetup", &["-a"]), run("dmsetup", &["ls"]));
+    let empty = census();
     let small = 64 * BLOCK;
     let bases: Vec<PathBuf> = (0..3)
         .map(|i| lab.base(&format!("base{i}.raw"), small))
@@ -129,6 +131,7 @@ fn vm_two_hundred_disks_share_three_images() {
     }
     lab.assert_clean("after the last");
     assert_eq!(judged(&lab), (BTreeSet::new(), BTreeSet::new()));
+    assert_eq!(census(), empty, "all devices of the machine");
     for (base, before) in bases.iter().zip(&before) {
         assert_same(&read_all(base), before, "a base image");
     }

@@ -16,6 +16,7 @@ use super::pressure::{self, SnapshotWords};
 use super::record::Base;
 use super::{DiskPool, DiskStep, base_loop, file};
 use crate::deadline::Deadline;
+use crate::fault::Faults;
 use crate::ids::SandboxId;
 use crate::units::Bytes;
 
@@ -55,15 +56,18 @@ pub(super) fn uuid(store: &File, path: &Path) -> Result<String, DiskError> {
 
 /// Refuses a store that the kernel would take for something else: it silently starts anew
 /// on a store whose header it does not know.
-pub(super) fn check_store(store: &File, path: &Path, bytes: u64) -> Result<(), DiskError> {
+pub(super) fn check_store(
+    store: &File,
+    path: &Path,
+    bytes: u64,
+    faults: &Faults,
+) -> Result<(), DiskError> {
     if file::metadata(store, path)?.len() < bytes {
         return Err(DiskError::unusable(path, "it is shorter than it was made"));
     }
     let mut header = [0; 16];
-    let read = store.read_exact_at(&mut header, 0).named("pread");
-    read.map_err(|source| DiskError::Call {
-        step: format!("read {}", path.display()),
-        source,
+    call(faults, format!("read {}", path.display()), || {
+        store.read_exact_at(&mut header, 0).named("pread")
     })?;
     let word = |i: usize| {
         u32::from_le_bytes([
@@ -337,7 +341,8 @@ mod tests {
         ] {
             std::fs::write(&path, bytes).unwrap();
             let store = File::open(&path).unwrap();
-            assert_eq!(check_store(&store, &path, 4096).is_ok(), accepted, "{name}");
+            let checked = check_store(&store, &path, 4096, &Faults::NONE);
+            assert_eq!(checked.is_ok(), accepted, "{name}");
         }
         std::fs::remove_file(&path).unwrap();
     }

@@ -276,7 +276,7 @@ impl DiskPool {
             let path = record.store(id, &dir);
             let store = file::open(&path, true, &self.faults)?;
             if record.kind == DiskKind::DmSnapshot {
-                dm_snapshot::check_store(&store, &path, record.store_bytes)?;
+                dm_snapshot::check_store(&store, &path, record.store_bytes, &self.faults)?;
             }
             self.attached(id, &dir, record, &base, &store, &mut steps, deadline)
                 .map(|attached| attached.locked(lock))
