@@ -14,13 +14,14 @@
 
 #[path = "../tests/disklab/mod.rs"]
 mod disklab;
+mod interleaved;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use disklab::{BLOCK, Lab, Place, pattern, read_all, run, soon, write_block};
+use interleaved::{Samples, numbers, print_machine};
 use rewake::fault::{Faults, Inject};
 use rewake::resource::disk::{DiskKind, DiskMode};
 use rustix::io::Errno;
@@ -31,8 +32,7 @@ const SIZE: u64 = 64 << 20;
 const BATCH: usize = 16;
 
 fn main() {
-    let rounds = std::env::args().find_map(|argument| argument.parse().ok());
-    let rounds: usize = rounds.unwrap_or(30);
+    let [rounds] = numbers([30]);
     let script = std::env::args()
         .find(|argument| argument.ends_with(".sh"))
         .unwrap_or_else(|| SCRIPT.to_owned());
@@ -49,20 +49,7 @@ fn main() {
     let keeper = pool
         .create(&lab.id("keeper"), &base, &lab.disks(), mode, soon())
         .expect("a disk");
-    let mut samples: [Samples; 11] = Default::default();
-    let [
-        created,
-        detached,
-        attached,
-        removed,
-        removed_by_kernel,
-        retired,
-        together,
-        theirs,
-        theirs_gone,
-        theirs_together,
-        theirs_by_kernel,
-    ] = &mut samples;
+    let mut figures = Figures::default();
     let conventional = Conventional {
         script: &script,
         prefix: &lab.prefix,
@@ -73,25 +60,26 @@ fn main() {
     for round in 0..rounds {
         let id = lab.id(&format!("r{round}"));
         let make = || pool.create(&id, &base, &lab.disks(), mode, soon());
-        let disk = created.time(make).expect("a disk");
+        let disk = time(&mut figures.created, make).expect("a disk");
         check(disk.path(), &image);
-        detached
-            .time(|| pool.remove(disk, true, soon()))
-            .expect("detached");
-        let disk = attached.time(|| pool.attach(&id, &lab.disks(), soon()));
+        time(&mut figures.detached, || pool.remove(disk, true, soon())).expect("detached");
+        let disk = time(&mut figures.attached, || {
+            pool.attach(&id, &lab.disks(), soon())
+        });
         removal.take();
-        removed
-            .time(|| pool.remove(disk.expect("a disk"), false, soon()))
-            .expect("removed");
-        removed_by_kernel.0.push(removal.take());
+        time(&mut figures.removed, || {
+            pool.remove(disk.expect("a disk"), false, soon())
+        })
+        .expect("removed");
+        figures.removed_by_kernel.push(removal.take());
 
-        theirs.time(|| conventional.create(0));
+        time(&mut figures.theirs, || conventional.create(0));
         check(&node(&conventional.name(0)), &image);
-        theirs_gone.time(|| conventional.remove(&[0]));
+        time(&mut figures.theirs_gone, || conventional.remove(&[0]));
 
         let disk = make().expect("a disk");
         check(disk.path(), &image);
-        retired.time(|| pool.retire(disk, soon())).expect("retired");
+        time(&mut figures.retired, || pool.retire(disk, soon())).expect("retired");
         // What the kernel still does is not to slow the next ones.
         while lab.census().len() > 5 {
             std::thread::sleep(Duration::from_millis(1));
@@ -101,7 +89,7 @@ fn main() {
         conventional.create(0);
         check(&node(&conventional.name(0)), &image);
         let dmsetup = ["remove", "--retry", &conventional.name(0)];
-        theirs_by_kernel.time(|| run("dmsetup", &dmsetup));
+        time(&mut figures.theirs_by_kernel, || run("dmsetup", &dmsetup));
         conventional.tidy(0);
 
         if round % 5 == 0 {
@@ -111,37 +99,64 @@ fn main() {
                 disk.expect("a disk")
             });
             let disks = disks.collect();
-            let failures = together.share(BATCH, || pool.remove_all(disks, false, soon()));
+            let failures = share(&mut figures.together, BATCH, || {
+                pool.remove_all(disks, false, soon())
+            });
             assert!(failures.is_empty(), "{failures:?}");
             let all: Vec<usize> = (0..BATCH).collect();
             all.iter().for_each(|i| conventional.create(*i));
-            theirs_together.share(BATCH, || conventional.remove(&all));
+            share(&mut figures.theirs_together, BATCH, || {
+                conventional.remove(&all);
+            });
         }
     }
     pool.remove(keeper, false, soon()).expect("removed");
     lab.assert_clean("after the benchmark");
-    created.print("rewake: create a disk, durable");
-    attached.print("rewake: attach a disk");
-    detached.print("rewake: detach a disk, durable");
-    removed.print("rewake: remove a disk");
-    removed_by_kernel.print("  of that in DM_DEV_REMOVE");
-    retired.print("rewake: retire a disk, the kernel removes it");
-    together.print("rewake: remove one of 16 at once");
-    theirs.print("commands: create a disk");
-    theirs_gone.print("commands: remove a disk");
-    theirs_by_kernel.print("  dmsetup remove alone");
-    theirs_together.print("commands: remove one of 16 at once");
-    let ratio =
-        |a: &mut Samples, b: &mut Samples| a.median().as_secs_f64() / b.median().as_secs_f64();
-    println!(
-        "ratio of medians: create {:.1}, attach against create {:.1}, remove {:.1}, \
+    figures.print();
+}
+
+/// What was measured.
+#[derive(Default)]
+struct Figures {
+    created: Samples,
+    detached: Samples,
+    attached: Samples,
+    removed: Samples,
+    removed_by_kernel: Samples,
+    retired: Samples,
+    together: Samples,
+    theirs: Samples,
+    theirs_gone: Samples,
+    theirs_together: Samples,
+    theirs_by_kernel: Samples,
+}
+
+impl Figures {
+    fn print(&self) {
+        self.created.print("rewake: create a disk, durable");
+        self.attached.print("rewake: attach a disk");
+        self.detached.print("rewake: detach a disk, durable");
+        self.removed.print("rewake: remove a disk");
+        self.removed_by_kernel.print("  of that in DM_DEV_REMOVE");
+        self.retired
+            .print("rewake: retire a disk, the kernel removes it");
+        self.together.print("rewake: remove one of 16 at once");
+        self.theirs.print("commands: create a disk");
+        self.theirs_gone.print("commands: remove a disk");
+        self.theirs_by_kernel.print("  dmsetup remove alone");
+        self.theirs_together
+            .print("commands: remove one of 16 at once");
+        let ratio = |a: &Samples, b: &Samples| a.median().as_secs_f64() / b.median().as_secs_f64();
+        println!(
+            "ratio of medians: create {:.1}, attach against create {:.1}, remove {:.1}, \
          retire {:.1}, remove 16 at once {:.1}",
-        ratio(theirs, created),
-        ratio(theirs, attached),
-        ratio(theirs_gone, removed),
-        ratio(theirs_gone, retired),
-        ratio(theirs_together, together),
-    );
+            ratio(&self.theirs, &self.created),
+            ratio(&self.theirs, &self.attached),
+            ratio(&self.theirs_gone, &self.removed),
+            ratio(&self.theirs_gone, &self.retired),
+            ratio(&self.theirs_together, &self.together),
+        );
+    }
 }
 
 /// Disks made and removed with the commands.
@@ -229,63 +244,15 @@ fn node(name: &str) -> PathBuf {
     format!("/dev/dm-{}", minor.trim()).into()
 }
 
-/// Times of one kind.
-#[derive(Default)]
-struct Samples(Vec<Duration>);
-
-impl Samples {
-    fn time<T>(&mut self, work: impl FnOnce() -> T) -> T {
-        let started = Instant::now();
-        let outcome = work();
-        self.0.push(started.elapsed());
-        outcome
-    }
-
-    /// The share of each of `parts` in what they take together.
-    fn share<T>(&mut self, parts: usize, work: impl FnOnce() -> T) -> T {
-        let started = Instant::now();
-        let outcome = work();
-        let parts = u32::try_from(parts).expect("few");
-        self.0.push(started.elapsed() / parts);
-        outcome
-    }
-
-    fn median(&mut self) -> Duration {
-        self.0.sort_unstable();
-        self.0[self.0.len() / 2]
-    }
-
-    fn print(&mut self, what: &str) {
-        let median = self.median();
-        let p99 = self.0[(self.0.len() * 99 / 100).min(self.0.len() - 1)];
-        println!(
-            "{what}: median {:.2} ms, p99 {:.2} ms, {} samples",
-            median.as_secs_f64() * 1e3,
-            p99.as_secs_f64() * 1e3,
-            self.0.len()
-        );
-    }
+/// Times the work, as so many parts of equal length.
+fn share<T>(samples: &mut Samples, parts: usize, work: impl FnOnce() -> T) -> T {
+    let started = Instant::now();
+    let outcome = work();
+    let parts = u32::try_from(parts).expect("few");
+    samples.push(started.elapsed() / parts);
+    outcome
 }
 
-/// What a figure needs to mean anything.
-fn print_machine() {
-    let first = |path: &str, word: &str| {
-        let text = std::fs::read_to_string(path).unwrap_or_default();
-        let line = text.lines().find(|line| line.starts_with(word));
-        line.unwrap_or_default().trim().to_owned()
-    };
-    println!("kernel {}", first("/proc/sys/kernel/osrelease", ""));
-    println!("{}", first("/proc/cpuinfo", "model name"));
-    let commit = Command::new("git")
-        .args(["rev-parse", "--short", "HEAD"])
-        .output();
-    if let Ok(commit) = commit {
-        println!("commit {}", String::from_utf8_lossy(&commit.stdout).trim());
-    }
-    let build = if cfg!(debug_assertions) {
-        "debug"
-    } else {
-        "release"
-    };
-    println!("built as {build}");
+fn time<T>(samples: &mut Samples, work: impl FnOnce() -> T) -> T {
+    share(samples, 1, work)
 }
