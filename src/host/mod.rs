@@ -19,10 +19,12 @@
 //! sandboxes to life on one thread and its caller's own event loop.
 
 mod driver;
+mod watch;
 
 use std::sync::{Arc, OnceLock};
 
 pub use driver::{Driver, Key};
+pub use watch::Watch;
 
 use crate::deadline::Deadline;
 use crate::ids::{SandboxId, TemplateId};

@@ -296,6 +296,18 @@ impl Error {
         matches!(*self.cause, Cause::Unknown)
     }
 
+    /// Whether its VM has ended without anybody having asked for that.
+    #[must_use]
+    pub fn is_ended(&self) -> bool {
+        matches!(*self.cause, Cause::Ended)
+    }
+
+    /// Whether the sandbox is in another state than the operation begins from.
+    #[must_use]
+    pub fn is_wrong_state(&self) -> bool {
+        matches!(*self.cause, Cause::State { .. })
+    }
+
     /// Whether a time limit passed.
     #[must_use]
     pub fn is_timeout(&self) -> bool {

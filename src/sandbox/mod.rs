@@ -340,6 +340,33 @@ impl Sandbox {
     }
 }
 
+/// The VM of a sandbox has ended: notes that it is lost, where nobody asked for that. Whoever
+/// is at work with it finds out by himself.
+pub(crate) fn note_end(ctx: &Arc<Context>, id: &SandboxId) -> bool {
+    let Ok(hold) = hold::Hold::take(ctx, id, Operation::Inspect) else {
+        return false;
+    };
+    let status = hold.status();
+    let ended = || matches!(live::Live::of(ctx, id, &status), Err(Cause::Ended));
+    if status.state != State::Running || !ended() {
+        return false;
+    }
+    for remains in hold.lose("its Cloud Hypervisor has ended") {
+        log::warn!("Left over: {remains}");
+    }
+    true
+}
+
+/// Why a watch cannot be kept.
+pub(crate) fn cannot_watch(id: Option<&SandboxId>, source: std::io::Error) -> Error {
+    let (what, path) = ("watch the processes in", "/proc".into());
+    let cause = Cause::File { what, path, source };
+    match id {
+        Some(id) => Error::new(id, Operation::Inspect, cause),
+        None => Error::of_host(Operation::Inspect, cause),
+    }
+}
+
 fn story_of(ctx: &Context, id: &SandboxId) -> Result<Story, Error> {
     let dir = SandboxDir::of(&ctx.config.root, id);
     Journal::story_of(&dir.journal()).map_err(|error| {

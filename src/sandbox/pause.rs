@@ -33,6 +33,8 @@ use crate::snapshot::{
 use crate::timeline::{Phase, Timeline};
 use crate::vmm::api::{ApiError, VmState};
 
+/// How long a process may take to be dead whose connection broke.
+const DYING: Duration = Duration::from_millis(50);
 /// For the question whether the VM is there and runs.
 const LOOK_BUDGET: Duration = Duration::from_secs(3);
 
@@ -396,9 +398,18 @@ impl<'h> Freeze<'h> {
         {
             left.push(Remains::File(staging.to_owned(), error));
         }
+        if matches!(&cause, Cause::Api { source, .. } if source.is_disconnected()) {
+            // A connection that breaks is how a death shows first.
+            let _ = self.live.process.wait_ended(Some(DYING));
+        }
         if self.live.has_ended() {
+            log::warn!(
+                "Sandbox {}: {}: {cause}",
+                self.hold.id,
+                self.operation.name()
+            );
             left.extend(self.hold.lose("its Cloud Hypervisor has ended"));
-            return self.failed(cause).with_leftovers(left);
+            return self.failed(Cause::Ended).with_leftovers(left);
         }
         let cause = match self.go_on() {
             Ok(()) => cause,

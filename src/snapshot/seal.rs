@@ -217,7 +217,8 @@ pub fn install(
 /// opened with `O_PATH`.
 ///
 /// It is the one that the process has both open and mapped (`/proc/PID/fd`, `/proc/PID/maps`),
-/// so it does not matter how it got there.
+/// so it does not matter how it got there; or, of a process that maps nothing (the stand-in
+/// reads and writes it), the one that it inherited.
 ///
 /// # Errors
 /// [`SealError::Call`]: the process is gone or somebody else's, or has no such file (`ENOENT`).
@@ -249,7 +250,9 @@ pub fn memory_of(pid: u32) -> Result<OwnedFd, SealError> {
             return Ok(fd);
         }
     }
-    Err(call(&maps, "read")(Errno::NOENT))
+    let inherited = fds.join(crate::vmm::launch::FIRST_INHERITED.to_string());
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    fs::openat(CWD, &inherited, flags, Mode::empty()).map_err(call(&inherited, "openat"))
 }
 
 /// A second name for the memory file.

@@ -6,6 +6,7 @@
 mod netlab;
 
 mod crash;
+mod deaths;
 mod faults;
 mod lab;
 mod many;
