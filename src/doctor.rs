@@ -1,5 +1,7 @@
 //! What this machine has and lacks for restoring sandboxes, and how to mend it.
 
+mod storage;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -8,6 +10,8 @@ use std::process::Command;
 
 use rewake_sys::{kvm, uffd};
 use serde::Serialize;
+
+pub use storage::examine_root;
 
 use crate::wire::excerpt::excerpt;
 

@@ -17,10 +17,14 @@ pub(super) struct DoctorArgs {
     /// The cloud-hypervisor binary [default: looked up on PATH]
     #[arg(long, value_name = "PATH")]
     vmm: Option<PathBuf>,
+    /// Where templates and sandboxes live, or shall
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/rewake")]
+    root: PathBuf,
 }
 
 pub(super) fn run(args: &DoctorArgs, global: Global) -> Result<(), Failure> {
     let mut findings = doctor::examine(args.vmm.as_deref());
+    findings.extend(doctor::examine_root(&std::path::absolute(&args.root)?));
     findings.extend(network());
     print(&findings, global)
 }

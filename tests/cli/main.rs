@@ -8,5 +8,6 @@ mod netlab;
 
 mod failures;
 mod place;
+mod real;
 mod story;
 mod words;

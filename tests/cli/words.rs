@@ -116,6 +116,33 @@ fn manual_pages_exist_for_every_command_and_render_without_a_complaint() {
     assert!(told.err.contains("launhc"), "{told:?}");
 }
 
+#[test]
+fn doctor_looks_at_the_root_that_is_named_and_does_not_make_it() {
+    let root = std::env::temp_dir().join(format!("rewake-doctor-cli-{}", std::process::id()));
+    let words = ["doctor", "--json", "--root", root.to_str().unwrap()];
+    let told = rewake(&words);
+    assert!([0, 3].contains(&told.code), "{told:?}");
+    let document: serde_json::Value = serde_json::from_str(&told.out).unwrap();
+    let findings = document["findings"].as_array().unwrap();
+    let names: Vec<&str> = findings
+        .iter()
+        .map(|it| it["name"].as_str().unwrap())
+        .collect();
+    for name in [
+        "kernel",
+        "kvm",
+        "userfaultfd",
+        "cloud-hypervisor",
+        "root directory",
+        "disks",
+        "free space",
+    ] {
+        let times = names.iter().filter(|it| **it == name).count();
+        assert_eq!(times, 1, "{name}: {names:?}");
+    }
+    assert!(!root.exists());
+}
+
 struct Scratch(PathBuf);
 
 impl Drop for Scratch {
