@@ -93,5 +93,7 @@ fn name_of(command: &clap::Command) -> String {
 fn page(command: &clap::Command) -> Result<Vec<u8>, Failure> {
     let mut text = Vec::new();
     Man::new(command.clone()).render(&mut text)?;
-    Ok(text)
+    // The generator's word for what stands below the help.
+    let text = String::from_utf8_lossy(&text).replace(".SH EXTRA\n", ".SH NOTES\n");
+    Ok(text.into_bytes())
 }

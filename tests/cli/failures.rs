@@ -198,6 +198,35 @@ fn root_a_full_host_and_a_passed_time_limit_have_codes_of_their_own() {
     place.succeed("destroy --all");
 }
 
+#[test]
+fn root_progress_is_drawn_on_a_terminal_only_and_gone_at_the_end() {
+    let test = "root_progress_is_drawn_on_a_terminal_only_and_gone_at_the_end";
+    let Some(place) = Place::with_template(test) else {
+        return;
+    };
+    let words = "--id slow --vmm-arg --sim --vmm-arg fault=guest:silent --timeout 1.5";
+    let told = place.run(&launch_words(words));
+    assert!(!told.err.contains('\u{1b}'), "{told:?}");
+    let command = place.command(&launch_words(words));
+    let mut line = command.get_program().to_str().unwrap().to_owned();
+    for argument in command.get_args() {
+        line = format!("{line} {}", argument.to_str().unwrap());
+    }
+    // It gives its command a terminal.
+    let mut script = std::process::Command::new("script");
+    let output = match script.args(["-qec", &line, "/dev/null"]).output() {
+        Ok(output) => output,
+        Err(error) => return eprintln!("SKIP {test}: script: {error}"),
+    };
+    let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(4), "{shown}");
+    assert!(shown.contains("\r\u{1b}[Klaunch from base … "), "{shown:?}");
+    assert!(
+        shown.contains("\r\u{1b}[Krewake: Sandbox slow"),
+        "{shown:?}"
+    );
+}
+
 /// A launch that does not come to its end by itself.
 fn begin(place: &Place, id: &str) -> Maker {
     let words = format!("--id {id} --vmm-arg --sim --vmm-arg fault=guest:silent --timeout 60");

@@ -94,7 +94,14 @@ fn manual_pages_exist_for_every_command_and_render_without_a_complaint() {
     let one = rewake(&["man", "launch"]).out;
     let file = std::fs::read_to_string(dir.join("rewake-launch.1")).unwrap();
     assert_eq!(one, file);
-    for words in ["TEMPLATE", "memory", "sandbox_id", "HOST", "private_bytes"] {
+    for words in [
+        "TEMPLATE",
+        "memory",
+        "sandbox_id",
+        "HOST",
+        "NOTES",
+        "private_bytes",
+    ] {
         assert!(one.contains(words), "{words}: {one}");
     }
     for page in pages {

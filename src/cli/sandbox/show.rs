@@ -123,7 +123,7 @@ pub(in crate::cli) fn list(args: &ListArgs, global: Global) -> Result<(), Failur
         eprintln!("rewake: {}", report::chain(error).join(": "));
     }
     if views.iter().any(|view| view.stand_in().is_some()) {
-        eprintln!("Among them are VMs of the stand-in, which are none: see rewake inspect");
+        eprintln!("Some of these are the stand-in's, and no VMs: see rewake inspect");
     }
     Ok(())
 }
