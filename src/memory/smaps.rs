@@ -70,7 +70,7 @@ pub struct Mapping {
     pub shared: u64,
     /// Pages that were swapped out.
     pub swapped: u64,
-    /// Bytes in pages that are left out of core dumps, and belong to no device.
+    /// Whether it is left out of core dumps, and belongs to no device.
     dont_dump: bool,
 }
 

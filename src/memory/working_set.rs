@@ -9,9 +9,12 @@
 //! What is recorded are the pages that CH's mapping of the file has page table entries for
 //! (`/proc/PID/pagemap`, Documentation/admin-guide/mm/pagemap.rst): those that the guest or CH
 //! touched, the copies of those that it wrote, and, where the page cache had them already, up
-//! to 15 neighbours of each, which the kernel maps along (`fault_around_bytes`). So a record
-//! made warm is a little larger than one made cold, and serves as well. What is in the page
-//! cache (`mincore`) says nothing: other clones and readahead brought it there.
+//! to 15 neighbours of each, which the kernel maps along (`fault_around_bytes`). Where guest
+//! memory has transparent huge pages, which is CH's default, the kernel reads and maps 2 MiB
+//! around each: a guest that touches pages all over its memory then has a set of most of it,
+//! and reading that ahead saves little. With `thp=off` the set is what was touched
+//! (`cargo bench --bench working_set` shows both). What is in the page cache (`mincore`) says
+//! nothing: other clones and readahead brought it there.
 
 use std::fs::File;
 use std::io;
