@@ -178,6 +178,44 @@ fn root_a_run_beside_its_rivals_says_everywhere_that_it_was_on_the_stand_in() {
 }
 
 #[test]
+fn root_a_life_is_measured_from_its_launch_to_its_end() {
+    let test = "root_a_life_is_measured_from_its_launch_to_its_end";
+    let Some(scratch) = Scratch::new(test) else {
+        return;
+    };
+    let arguments = [
+        "--operation=life",
+        "--iterations=2",
+        "--warm-up=0",
+        "--ram=32",
+    ];
+    let more = ["--against=conventional", "--disk=copy"];
+    let samples = scratch.samples("samples", &[&arguments[..], &more].concat());
+    let stations = [
+        "launch",
+        "pause-first",
+        "resume-first",
+        "pause",
+        "resume",
+        "destroy",
+    ];
+    for arm in ["rewake", "conventional"] {
+        for station in stations {
+            let here = samples
+                .iter()
+                .filter(|it| it["arm"] == arm && it["operation"] == station);
+            let times: Vec<_> = here.map(|it| it["ms"].as_f64()).collect();
+            assert_eq!(times.len(), 2, "{arm} {station}: {samples:?}");
+            assert!(
+                times.iter().all(Option::is_some),
+                "{arm} {station}: {samples:?}"
+            );
+        }
+    }
+    assert_eq!(samples.len(), 2 * 2 * stations.len());
+}
+
+#[test]
 fn root_a_program_that_was_slowed_is_reported_as_slower() {
     let test = "root_a_program_that_was_slowed_is_reported_as_slower";
     let Some(scratch) = Scratch::new(test) else {

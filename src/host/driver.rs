@@ -106,11 +106,13 @@ impl Driver {
         Ok(())
     }
 
-    fn begin(&mut self, making: Making, held: Option<Hold>) -> Result<Key, Error> {
+    fn begin(&mut self, mut making: Making, held: Option<Hold>) -> Result<Key, Error> {
         // Invariant: there is room, which was asked before anything was made.
         let place = self.free.pop_front().unwrap_or_default();
         let tokens = self.tokens_of(place);
-        let restoring = match Restoring::begin(making.spec(), making.deadline, tokens) {
+        let kit = making.take_kit();
+        let begun = Restoring::begin_with(making.spec(), kit, making.deadline, tokens);
+        let restoring = match begun {
             Ok(restoring) => restoring,
             Err(error) => {
                 self.free.push_front(place);

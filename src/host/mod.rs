@@ -29,6 +29,7 @@ pub use watch::Watch;
 use crate::deadline::Deadline;
 use crate::ids::{SandboxId, TemplateId};
 use crate::resource::disk::Progress;
+use crate::restore::kit::KitPool;
 use crate::sandbox::{self, Context, Source};
 use crate::template::{
     self, BuildCause, BuildError, BuildNetwork, BuildProgress, BuildSpec, BuildStage, DiskPath,
@@ -102,6 +103,13 @@ impl Host {
     #[must_use]
     pub fn config(&self) -> &HostConfig {
         &self.ctx.config
+    }
+
+    /// The processes that it keeps ready for launches; `None` where it was set up to keep
+    /// none, or has not made anything yet.
+    #[must_use]
+    pub fn kits(&self) -> Option<&KitPool> {
+        self.ctx.kits.get()
     }
 
     /// Its templates.

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rewake_sys::netns;
 
@@ -152,7 +153,7 @@ impl Start {
         let idle_ms = kit.idle().as_secs_f64() * 1e3;
         let Taken {
             vm_dir,
-            vmm,
+            mut vmm,
             api,
             sockets,
             letters,
@@ -168,7 +169,7 @@ impl Start {
             file.check_unchanged()?;
         }
         if let (true, Some(locked)) = (plan.memory_mode.maps_file(), &claim) {
-            entrust(&letters, &[locked.as_fd()])?;
+            entrust(&letters, &[locked.as_fd()]).map_err(|error| ended_or(error, &mut vmm))?;
         }
         self.timeline.mark(Phase::Spawned);
         let (id, pid) = (&spec.inputs.sandbox_id, vmm.pid());
@@ -197,6 +198,14 @@ impl Start {
             self.timeline.mark(Phase::GatePassed);
         }
         Ok(())
+    }
+}
+
+/// The letterbox of a process that is dying closes a moment before its end shows.
+fn ended_or(error: KitMisuse, vmm: &mut Vmm) -> Cause {
+    match vmm.process().wait_ended(Some(Duration::from_millis(50))) {
+        Ok(true) => Cause::Ended { exit: vmm.reap() },
+        _ => error.into(),
     }
 }
 

@@ -16,6 +16,7 @@ use crate::plan::{MemoryMode, MemoryPolicy};
 use crate::resource::disk::{DiskConfig, DiskMode, DiskPool};
 use crate::resource::net::{HostNet, NetConfig, NetError, PoolOptions, SlotPool};
 use crate::restore::Budgets;
+use crate::restore::kit::{KitPool, KitPoolOptions, Places};
 use crate::snapshot::{Durability, SnapshotLimits};
 use crate::units::Bytes;
 use crate::vmm::launch::LaunchSpec;
@@ -39,6 +40,8 @@ pub struct HostConfig {
     pub net: NetConfig,
     /// Slots prepared in advance.
     pub slots: PoolOptions,
+    /// Cloud Hypervisors started in advance, each in a slot of its own, for launches.
+    pub kits: KitPoolOptions,
     /// How disks are made.
     pub disk: DiskConfig,
     /// Which kind of disk.
@@ -79,6 +82,7 @@ impl HostConfig {
             },
             net: NetConfig::default(),
             slots: PoolOptions::default(),
+            kits: KitPoolOptions::default(),
             disk: DiskConfig::default(),
             disk_mode: DiskMode::Auto,
             durability: Durability::default(),
@@ -109,6 +113,8 @@ pub(crate) struct Context {
     pub(crate) net: Arc<HostNet>,
     pub(crate) disks: DiskPool,
     pub(crate) pool: SlotPool,
+    /// Absent where none are wanted, and before anything may be made.
+    pub(crate) kits: OnceLock<KitPool>,
     pub(crate) admission: Admission,
     ready: OnceLock<()>,
 }
@@ -127,6 +133,7 @@ impl Context {
             admission: Admission::new(config.limits.clone()),
             net,
             pool,
+            kits: OnceLock::new(),
             config,
             ready: OnceLock::new(),
         })
@@ -146,6 +153,12 @@ impl Context {
             std::fs::create_dir_all(&dir).map_err(file("make", &dir))?;
         }
         self.net.prepare(deadline).map_err(Cause::Network)?;
+        if self.config.kits.target > 0 && self.kits.get().is_none() {
+            let kits = start_kits(&self.config, &self.net);
+            let kits = kits.map_err(file("start the kits of", &self.config.root))?;
+            // Of two pools that were started at once, the second one ends here.
+            let _ = self.kits.set(kits);
+        }
         // Whoever came second did the same.
         let _ = self.ready.set(());
         Ok(())
@@ -189,6 +202,15 @@ impl Context {
             None => Deadline::after(self.config.patience),
         }
     }
+}
+
+fn start_kits(config: &HostConfig, net: &Arc<HostNet>) -> std::io::Result<KitPool> {
+    let places = Places::Slots {
+        host: Arc::clone(net),
+        pool: None,
+    };
+    let runtime_dir = config.runtime_dir.clone();
+    KitPool::start(config.vmm.clone(), runtime_dir, places, config.kits.clone())
 }
 
 fn open_net(config: &HostConfig) -> Result<HostNet, NetError> {

@@ -17,6 +17,7 @@ use crate::resource::disk::{Disk, DiskFailure, DiskMode};
 use crate::resource::net::{CreateError, Slot};
 use crate::resource::slot::SlotError;
 use crate::restore::Gate;
+use crate::restore::kit::Kit;
 use crate::timeline::{Phase, Timeline};
 use crate::units::Bytes;
 
@@ -27,7 +28,8 @@ pub struct LaunchOptions {
     pub id: Option<SandboxId>,
     /// What its agent is told. Lifecycle and ids are filled in.
     pub init: Init,
-    /// Its network slot; absent: a prepared one, or the next that is free.
+    /// Its network slot; absent: a prepared one, with a warm process in it where the host
+    /// keeps such, or the next that is free.
     pub slot: Option<SlotIndex>,
     /// Which kind of disk; absent: the host's choice.
     pub disk_mode: Option<DiskMode>,
@@ -156,7 +158,9 @@ fn acquire(
     let deadline = making.deadline;
     let mode = options.disk_mode.unwrap_or(ctx.config.disk_mode);
     let make_disk = |base: &PathBuf| ctx.disks.create(&id, base, &disks, mode, deadline);
-    let make_slot = || slot(ctx, &id, options.slot, deadline);
+    // A process that runs already cannot be given a mount namespace.
+    let may_be_warm = source.sandbox_dir.is_none();
+    let make_slot = || slot(ctx, &id, options.slot, may_be_warm, deadline);
     let (slot, disk) = match &source.base {
         None => (make_slot(), None),
         Some(base) => std::thread::scope(|scope| {
@@ -167,7 +171,7 @@ fn acquire(
     };
     // Both are taken over before either's failure is looked at: what was made is undone.
     let (slot, disk) = (
-        slot.map(|slot| making.own_slot(slot)),
+        slot.map(|(slot, kit)| making.own_place(slot, kit)),
         disk.transpose().map(|disk| {
             if let Some(disk) = disk {
                 making.own_disk(disk);
@@ -197,9 +201,19 @@ fn slot(
     ctx: &Context,
     id: &SandboxId,
     index: Option<SlotIndex>,
+    may_be_warm: bool,
     deadline: Deadline,
-) -> Result<Slot, Cause> {
+) -> Result<(Slot, Option<Kit>), Cause> {
     let owner = id.as_str();
+    let kits = ctx.kits.get();
+    if let (true, None, Some(kits)) = (may_be_warm, index, kits)
+        && let Some(warm) = kits
+            .take(owner)
+            .map_err(|error| Cause::Slot(error.into()))?
+        && let Some(slot) = warm.slot
+    {
+        return Ok((slot, Some(warm.kit)));
+    }
     let made = match index {
         Some(index) => ctx.net.create_at(index, owner, deadline),
         None => match ctx.pool.take(owner) {
@@ -208,10 +222,11 @@ fn slot(
             Err(error) => Err(error.into()),
         },
     };
-    made.map_err(|error| match error {
+    let made = made.map_err(|error| match error {
         CreateError::Slot(SlotError::Exhausted(slots)) => Cause::Full(Full::Slots { slots }),
         error => Cause::Slot(error),
-    })
+    })?;
+    Ok((made, None))
 }
 
 /// Nothing comes to life that was destroyed meanwhile.

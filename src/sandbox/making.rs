@@ -24,6 +24,7 @@ use crate::resource::disk::Disk;
 use crate::resource::ledger::{Step, StepLog};
 use crate::resource::net::Slot;
 use crate::resource::slot::ProcessIdentity;
+use crate::restore::kit::Kit;
 use crate::restore::{self, Gate, RestoreError, RestoreSpec, Restored, Stage};
 use crate::timeline::{Phase, Timeline};
 use crate::vmm::api::ApiError;
@@ -80,6 +81,8 @@ pub(crate) struct Making {
     pub(crate) deadline: Deadline,
     recorder: Arc<Recorder>,
     disk: Option<Disk>,
+    /// The process that waits in the slot, where one does.
+    kit: Option<Kit>,
     spec: Option<RestoreSpec>,
     /// Its place among those that the host has let in.
     _place: Place,
@@ -104,6 +107,7 @@ impl Making {
             timeline,
             deadline,
             disk: None,
+            kit: None,
             spec: None,
             _place: place,
             concluded: false,
@@ -113,6 +117,17 @@ impl Making {
     /// Takes over what was acquired.
     pub(crate) fn own_slot(&mut self, slot: Slot) {
         self.recorder.with_slot(|place| *place = Some(slot));
+    }
+
+    /// A slot, and the process that may be waiting in it.
+    pub(crate) fn own_place(&mut self, slot: Slot, kit: Option<Kit>) {
+        self.own_slot(slot);
+        self.kit = kit;
+    }
+
+    /// The process to restore on; it is given away once.
+    pub(crate) const fn take_kit(&mut self) -> Option<Kit> {
+        self.kit.take()
     }
 
     pub(crate) fn own_disk(&mut self, disk: Disk) {
@@ -170,8 +185,9 @@ impl Making {
     }
 
     /// Restores, blocking, and concludes.
-    pub(crate) fn run(self) -> Result<Sandbox, Error> {
-        let outcome = restore::restore(self.spec(), self.deadline);
+    pub(crate) fn run(mut self) -> Result<Sandbox, Error> {
+        let kit = self.take_kit();
+        let outcome = restore::restore_with(self.spec(), kit, self.deadline);
         self.conclude(outcome)
     }
 

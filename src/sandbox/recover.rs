@@ -27,6 +27,7 @@ use crate::ids::SandboxId;
 use crate::plan::MemoryMode;
 use crate::resource::ledger::Step;
 use crate::resource::slot::ProcessIdentity;
+use crate::restore::kit;
 use crate::snapshot::{SnapshotDir, memory_of};
 use crate::vmm::api::{Client, Version, VmState};
 use crate::vmm::launch::FIRST_INHERITED;
@@ -412,8 +413,17 @@ fn is_mapped(maps: &str, (device, inode): (u64, u64)) -> bool {
 /// were restored by hand, or belong to another root.
 fn sweep(ctx: &Arc<Context>, census: &mut Census, deadline: Deadline) -> Result<(), Error> {
     let failed = |cause| Error::of_host(Operation::Recover, cause);
-    let found = orphan::list(&ctx.config.runtime_dir);
-    let known = known_vm_dirs(ctx);
+    let runtime_dir = &ctx.config.runtime_dir;
+    let kits = kit::sweep(runtime_dir, deadline)
+        .map_err(|error| failed(file("list the VMs in", runtime_dir)(error)))?;
+    let ended = kits.reclaimed.iter().map(|dir| dir.display());
+    census.swept.extend(ended.map(|dir| format!("kit {dir}")));
+    census
+        .remains
+        .extend(kits.stuck.into_iter().map(Remains::Step));
+    let found = orphan::list(runtime_dir);
+    let mut known = known_vm_dirs(ctx);
+    known.extend(kits.in_use);
     let strangers = found.iter().filter(|it| !known.contains(&it.vm_dir));
     census.foreign.extend(strangers.map(|it| {
         let (pid, dir) = (it.process.pid, it.vm_dir.display());

@@ -12,3 +12,4 @@ mod lab;
 mod many;
 mod real;
 mod story;
+mod warm;

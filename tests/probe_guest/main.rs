@@ -22,6 +22,7 @@ mod tcp;
 
 mod frames;
 mod image;
+mod kit;
 mod lab;
 mod life;
 mod memory;

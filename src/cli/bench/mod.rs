@@ -8,6 +8,7 @@
 mod arms;
 mod compare;
 mod html;
+mod life;
 mod plot;
 mod record;
 mod run;
@@ -29,6 +30,9 @@ use arms::Rival;
 pub(super) struct BenchArgs {
     #[command(subcommand)]
     command: Option<BenchCommand>,
+    /// What is done
+    #[arg(long, value_enum, default_value_t = Operation::Launch)]
+    operation: Operation,
     /// How memory comes back, one variant each
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["map"])]
     memory_mode: Vec<Memory>,
@@ -95,6 +99,24 @@ struct ReportArgs {
     /// The report
     #[arg(value_name = "HTML")]
     html: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Operation {
+    /// Guests are launched from a template
+    Launch,
+    /// Each guest is launched, paused, resumed, paused and resumed again, and destroyed, one
+    /// after the other; memory modes and pools are chosen as a host chooses them
+    Life,
+}
+
+impl Operation {
+    const fn says(self) -> &'static str {
+        match self {
+            Self::Launch => "Milliseconds until the guest agent has taken /init",
+            Self::Life => "Milliseconds; launch and resume until the agent has taken /init",
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -70,18 +70,23 @@ impl Machine {
     }
 }
 
-/// The commit of the tree that this program was built in, where it still lies there.
+/// The newest commit that this program can be of, where it still lies in the tree that it
+/// was built in: the last one before it was linked.
 fn commit() -> Option<String> {
     let tree = Path::new(env!("CARGO_MANIFEST_DIR"));
-    if !std::env::current_exe().ok()?.starts_with(tree) {
+    let program = std::env::current_exe().ok()?;
+    if !program.starts_with(tree) {
         return None;
     }
+    let linked = fs::metadata(program).ok()?.modified().ok()?;
+    let linked = linked.duration_since(std::time::UNIX_EPOCH).ok()?.as_secs();
     let git = |words: &[&str]| {
         let output = Command::new("git").arg("-C").arg(tree).args(words).output();
         let output = output.ok().filter(|output| output.status.success())?;
         Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     };
-    let commit = git(&["rev-parse", "--short", "HEAD"])?;
+    let before = format!("--before=@{linked}");
+    let commit = git(&["log", "-1", "--format=%h", &before])?;
     let changed = git(&["status", "--porcelain", "--untracked-files=no"])?;
     Some(if changed.is_empty() {
         commit

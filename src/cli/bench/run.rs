@@ -16,7 +16,7 @@ use super::arms::{Arm, Job, Launched, millis, ours};
 use super::record::{self, Line, Machine, Sample, Variant};
 use super::stage::{Actor, Stage, Template};
 use super::stats::Random;
-use super::{BenchArgs, Cache, Switch, html, table};
+use super::{BenchArgs, Cache, Operation, Switch, html, life, table};
 use crate::cli::report::{self, WriteError};
 use crate::cli::{Failure, Global};
 
@@ -53,7 +53,10 @@ pub(super) fn run(args: &BenchArgs, global: Global) -> Result<(), Failure> {
         println!("This rewake is a debug build: its times say little.");
     }
     let stage = Stage::set(actor)?;
-    let measured = measure(args, global, &stage);
+    let measured = match args.operation {
+        Operation::Launch => measure(args, global, &stage),
+        Operation::Life => life::measure(args, global, &stage),
+    };
     let left = stage.strike();
     let lines = measured?;
     if !left.is_empty() {
@@ -326,7 +329,7 @@ fn settle(
 }
 
 /// A failure with all its causes, on one line.
-fn words(failure: &Failure) -> String {
+pub(super) fn words(failure: &Failure) -> String {
     let Failure::Error(error) = failure else {
         return "something is missing".to_owned();
     };
@@ -352,6 +355,13 @@ fn tell(args: &BenchArgs, global: Global, lines: &[Line]) -> Result<(), Failure>
     let Some(first) = lines.first() else {
         return Ok(());
     };
+    if let (Operation::Life, Some(path)) = (args.operation, &args.out) {
+        let mut out = create(path)?;
+        for line in lines {
+            record::write(&mut out, line)?;
+        }
+        out.flush()?;
+    }
     if let Some(path) = &args.html {
         html::write(path, lines)?;
     }
@@ -366,11 +376,7 @@ fn tell(args: &BenchArgs, global: Global, lines: &[Line]) -> Result<(), Failure>
     } else {
         let mut out = io::stdout().lock();
         writeln!(out, "{}", first.machine.line())?;
-        writeln!(
-            out,
-            "Milliseconds until the guest agent has taken /init; seed {}.",
-            args.seed
-        )?;
+        writeln!(out, "{}; seed {}.", args.operation.says(), args.seed)?;
         for line in table::text(&rows) {
             writeln!(out, "{line}")?;
         }

@@ -35,7 +35,7 @@ use rewake_sys::{kvm, netns};
 use rustix::mount::UnmountFlags;
 use serde_json::Value;
 
-use super::BenchArgs;
+use super::{BenchArgs, Operation};
 use crate::cli::{Failure, STAND_IN};
 
 /// The pretend uplink of the pretend host.
@@ -77,6 +77,8 @@ pub(super) struct Actor {
     /// For CH where it writes a snapshot; some kinds of KVM need help there.
     env: Vec<(String, String)>,
     pub(super) stand_in: bool,
+    /// Whether guests are paused in this run.
+    writes: bool,
 }
 
 impl Actor {
@@ -110,7 +112,21 @@ impl Actor {
             },
             env,
             stand_in: args.stand_in,
+            writes: args.operation == Operation::Life,
         })
+    }
+
+    /// How CH is started where it writes snapshots.
+    pub(super) fn writing_spec(&self) -> LaunchSpec {
+        let mut spec = self.spec.clone();
+        spec.env.extend(self.env.iter().cloned());
+        spec
+    }
+
+    /// What the conventional way has to put into its environment, if anything.
+    pub(super) fn variable(&self) -> String {
+        let first = self.env.first().filter(|_| self.writes);
+        first.map_or_else(String::new, |(name, value)| format!("{name}={value}"))
     }
 }
 
@@ -128,7 +144,10 @@ pub(super) struct Template {
 }
 
 pub(super) struct Stage {
+    /// Templates and disks.
     pub(super) dir: PathBuf,
+    /// What rewake keeps in `/run`.
+    pub(super) run: PathBuf,
     pub(super) actor: Actor,
     pub(super) net: Arc<HostNet>,
     pub(super) disks: DiskPool,
@@ -139,29 +158,34 @@ pub(super) struct Stage {
 impl Stage {
     pub(super) fn set(actor: Actor) -> Result<Self, Failure> {
         let mut ledger = Ledger::new();
-        let dir = std::env::temp_dir().join(format!("rewake-bench-{}", SandboxId::random()));
-        ledger.push(Step::Directory { path: dir.clone() });
-        fs::create_dir(&dir)?;
+        let name = format!("rewake-bench-{}", SandboxId::random());
+        let dir = std::env::temp_dir().join(&name);
+        let run = runtime_parent().map_or_else(|| dir.join("run"), |parent| parent.join(&name));
+        for path in [&dir, &run] {
+            ledger.push(Step::Directory { path: path.clone() });
+            fs::create_dir(path)?;
+        }
         let host =
             netns::run_in_new(|netns| netns).map_err(network("Cannot make a network namespace"))?;
         let uplink = ["link", "add", UPLINK, "up", "type", "veth", "peer", "up1"];
         run_in(host.as_fd(), "ip", &uplink)?;
         let config = NetConfig {
-            runtime_dir: dir.join("slots"),
-            netns_dir: dir.join("netns"),
+            runtime_dir: run.join("slots"),
+            netns_dir: run.join("netns"),
             uplink: IfName::new(UPLINK).ok().map(IfNameText),
             ..NetConfig::default()
         };
         let net = HostNet::open_in(host.as_fd(), config, Faults::default())
             .map_err(network("Cannot use the namespace as a host"))?;
         let disks = DiskConfig {
-            runtime_dir: dir.join("disks"),
+            runtime_dir: run.join("disks"),
             ..DiskConfig::default()
         };
         let stage = Self {
             disks: DiskPool::open(disks, Faults::default()),
             net: Arc::new(net),
             dir,
+            run,
             actor,
             host,
             ledger,
@@ -232,8 +256,7 @@ impl Stage {
         let mut processes = Ledger::new();
         let (socket, stream) = ApiSocket::bind(&dir.join("api.sock"))?;
         drop(stream);
-        let mut spec = self.actor.spec.clone();
-        spec.env.extend(self.actor.env.iter().cloned());
+        let spec = self.actor.writing_spec();
         let mut vmm = launch(&spec, socket, Some(netns), &[], &mut processes)?;
         let mut api = Client::connect(vmm.api_path(), deadline)?;
         let build = api.ping(deadline)?.build_version;
@@ -257,12 +280,7 @@ impl Stage {
     }
 
     fn vm_config(&self, dir: &Path, base: Option<&Path>, ram_mib: u64) -> io::Result<VmConfig> {
-        let kernel = dir.join("kernel");
-        if self.actor.stand_in {
-            fs::write(&kernel, "the stand-in does not read its kernel")?;
-        } else {
-            probe_guest::write_to(&kernel)?;
-        }
+        let kernel = self.kernel(&dir.join("kernel"))?;
         let config = self.net.config();
         let settings = probe_guest::Settings::default();
         Ok(VmConfig {
@@ -292,6 +310,25 @@ impl Stage {
         })
     }
 
+    /// The guest's kernel, as a file.
+    pub(super) fn kernel(&self, path: &Path) -> io::Result<PathBuf> {
+        if self.actor.stand_in {
+            fs::write(path, "the stand-in does not read its kernel")?;
+        } else {
+            probe_guest::write_to(path)?;
+        }
+        Ok(path.to_owned())
+    }
+
+    /// An image for disks that belongs to no template.
+    pub(super) fn base(&self) -> io::Result<PathBuf> {
+        let base = self.dir.join("image/rootfs.raw");
+        if !base.exists() {
+            make_base(&base)?;
+        }
+        Ok(base)
+    }
+
     pub(super) fn agent(&self, netns: BorrowedFd<'_>) -> io::Result<Agent> {
         let incarnation = Incarnation {
             sandbox: SandboxId::random(),
@@ -304,7 +341,7 @@ impl Stage {
         Ok(Agent::new(self.guest(), incarnation, options))
     }
 
-    fn nonce(&self, agent: &Agent, deadline: Deadline) -> Result<String, Failure> {
+    pub(super) fn nonce(&self, agent: &Agent, deadline: Deadline) -> Result<String, Failure> {
         let target = if self.actor.stand_in {
             "/sim/state"
         } else {
@@ -349,6 +386,22 @@ impl Stage {
         }
         Ok(())
     }
+}
+
+/// A place in memory for what rewake keeps in `/run`. Whoever names a directory for
+/// temporary files gets everything there.
+fn runtime_parent() -> Option<PathBuf> {
+    // `linux/magic.h`, TMPFS_MAGIC.
+    const TMPFS: i64 = 0x0102_1994;
+    if std::env::var_os("TMPDIR").is_some() {
+        return None;
+    }
+    let places = ["/run", "/dev/shm"].map(PathBuf::from).into_iter();
+    let mut usable = places.filter(|path| {
+        let in_memory = rustix::fs::statfs(path).is_ok_and(|it| it.f_type == TMPFS);
+        in_memory && rustix::fs::access(path, rustix::fs::Access::WRITE_OK).is_ok()
+    });
+    usable.next()
 }
 
 fn make_base(base: &Path) -> io::Result<()> {

@@ -186,7 +186,13 @@ impl Kit {
         let mut spec = spec.clone();
         spec.private_mount = None;
         spec.env.push(orphan::mark(vm_dir.path()));
-        let vmm = launch::launch(&spec, socket, netns, &[letterbox.as_fd()], &mut ledger)?;
+        // The first descriptor is a memory file's in a process that was started cold: nobody
+        // who looks at it later shall take the letterbox for one.
+        let null = File::open("/dev/null")
+            .named("open /dev/null")
+            .map_err(KitError::Descriptors)?;
+        let inherited = [null.as_fd(), letterbox.as_fd()];
+        let vmm = launch::launch(&spec, socket, netns, &inherited, &mut ledger)?;
         // CH takes milliseconds to come up: time to make the probes' sockets.
         let sockets = sockets(netns)?;
         let stream = Stream::from_connected(stream).map_err(KitError::Socket)?;

@@ -31,7 +31,9 @@ const BACK_OFF: Duration = Duration::from_secs(1);
 pub struct KitPoolOptions {
     /// How many kits stand ready.
     pub target: usize,
-    /// The least time between the starts of two kits, in milliseconds.
+    /// The least time between the starts of two kits, in milliseconds, and while some are
+    /// left, between taking one and starting the next: a restore has the processors to itself
+    /// for so long.
     pub refill_interval_ms: u64,
     /// How long making one kit, or removing one, may take, in milliseconds.
     pub step_budget_ms: u64,
@@ -123,6 +125,7 @@ struct Shared {
 struct State {
     ready: VecDeque<(Warm, Bytes)>,
     dead: Vec<Warm>,
+    last_taken: Option<Instant>,
     stats: KitPoolStats,
     stop: bool,
 }
@@ -171,21 +174,24 @@ impl KitPool {
                 state.stats.exhausted += 1;
                 return Ok(None);
             };
+            state.last_taken = Some(Instant::now());
             self.shared.wanted.notify_one();
             if !self.shared.is_healthy(&warm) {
                 state.stats.unhealthy += 1;
                 state.dead.push(warm);
                 continue;
             }
+            state.stats.taken += 1;
+            // Writing the record may wait for a disk: nobody else shall wait with it.
+            drop(state);
             let renamed = match &mut warm.slot {
                 Some(slot) => slot.lease().set_owner(owner),
                 None => Ok(()),
             };
             if let Err(error) = renamed {
-                state.dead.push(warm);
+                self.shared.lock().dead.push(warm);
                 return Err(error);
             }
-            state.stats.taken += 1;
             return Ok(Some(warm));
         }
     }
@@ -273,20 +279,23 @@ impl Shared {
 
     /// The thread: makes kits while there is room, and removes those that were found dead.
     fn serve(&self) {
-        let mut next = Instant::now();
+        let interval = Duration::from_millis(self.options.refill_interval_ms);
+        let mut earliest = Instant::now();
         let mut state = self.lock();
         while !state.stop {
             let now = Instant::now();
             let wants = state.ready.len() < self.options.target;
+            let quiet_from = state.last_taken.filter(|_| !state.ready.is_empty());
+            let next = quiet_from.map_or(earliest, |taken| earliest.max(taken + interval));
             if wants && now >= next {
-                next = now + Duration::from_millis(self.options.refill_interval_ms);
+                earliest = now + interval;
                 drop(state);
                 let made = self.make();
                 state = self.lock();
                 match made {
                     Ok(made) => state.ready.push_back(made),
                     Err(error) => {
-                        next = now + BACK_OFF;
+                        earliest = now + BACK_OFF;
                         state.stats.failed += 1;
                         log::warn!("Cannot prepare a kit: {}", chain(&error));
                     }

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -23,6 +24,7 @@ use rewake_sys::netns;
 
 use super::{BUDGET, Ending, Job, Launched, millis};
 use crate::cli::Failure;
+use crate::cli::bench::run::words;
 use crate::cli::bench::stage::{Stage, StageError, UPLINK, run_in};
 
 const SLOT: &str = include_str!("../../../../benches/conventional-slot.sh");
@@ -30,7 +32,7 @@ const DISK: &str = include_str!("../../../../benches/conventional-disk.sh");
 /// The disk appears at its recorded path for this one process.
 const RUN: &str = r#"mount --make-rprivate / &&
 if [ -n "$2" ]; then mount -t tmpfs none "$1" && ln -s "$2" "$1/rootfs.raw"; fi &&
-exec ip netns exec "$3" "$4" --api-socket "path=$5""#;
+exec ip netns exec "$3" ${6:+env "$6"} "$4" --api-socket "path=$5""#;
 const PREFIX: &str = "rwb";
 /// Indices that the conventional way uses, far from those handed out.
 const FIRST_INDEX: u16 = 20_000;
@@ -41,8 +43,82 @@ pub(super) struct Running {
     child: Option<Child>,
     index: u16,
     dir: PathBuf,
+    disk: Option<PathBuf>,
     /// The name of its device-mapper disk, where it has one.
     mapped: Option<String>,
+    /// How often it has been paused.
+    pauses: u32,
+}
+
+/// A guest that is paused and resumed.
+pub(in crate::cli::bench) struct Life {
+    running: Running,
+    /// Where its guest is asked.
+    pub(in crate::cli::bench) netns: OwnedFd,
+    /// What its launch took, and the phases.
+    pub(in crate::cli::bench) launched: Outcome,
+}
+
+impl Life {
+    pub(in crate::cli::bench) fn begin(job: &Job<'_>) -> Result<Self, Failure> {
+        let mut running = Running::new(job.stage);
+        // Everything takes place in the host's namespace, on one thread that has entered it.
+        let outcome = netns::run_in(job.stage.host(), || bring_up(job, &mut running));
+        let netns = netns::open(&netns::named_path(&running.namespace()));
+        match (outcome, netns) {
+            (Ok(Ok(launched)), Ok(netns)) => Ok(Self {
+                running,
+                netns,
+                launched,
+            }),
+            (outcome, netns) => {
+                running.end(job.stage);
+                outcome?.map_err(told)?;
+                Err(netns
+                    .err()
+                    .map_or_else(|| NotHealthy("no namespace").into(), Into::into))
+            }
+        }
+    }
+
+    /// Stands the guest still, writes all of it, and ends the process.
+    pub(in crate::cli::bench) fn pause(&mut self, job: &Job<'_>) -> Result<Duration, Failure> {
+        let deadline = Deadline::after(BUDGET);
+        let begun = Instant::now();
+        let socket = self.running.socket();
+        Client::assuming(&socket, Version::V53).pause(deadline)?;
+        self.running.pauses += 1;
+        let snapshot = self.running.snapshot(job);
+        std::fs::create_dir(&snapshot)?;
+        Client::assuming(&socket, Version::V53).snapshot(&snapshot, deadline)?;
+        if let Some(mut child) = self.running.child.take() {
+            child.kill()?;
+            child.wait()?;
+        }
+        Ok(begun.elapsed())
+    }
+
+    /// Brings it back from what the pause wrote.
+    pub(in crate::cli::bench) fn resume(&mut self, job: &Job<'_>) -> Result<Outcome, Failure> {
+        let running = &mut self.running;
+        let outcome = netns::run_in(job.stage.host(), || {
+            let mut clock = Clock::start();
+            revive(job, running, &mut clock)
+                .map(|()| clock.stop())
+                .map_err(|failure| words(&failure))
+        });
+        let outcome = outcome?.map_err(told)?;
+        // The one before is of no use any more.
+        if running.pauses > 1 {
+            let before = running.dir.join(format!("snapshot-{}", running.pauses - 1));
+            std::fs::remove_dir_all(before)?;
+        }
+        Ok(outcome)
+    }
+
+    pub(in crate::cli::bench) fn end(self, stage: &Stage) -> Vec<String> {
+        self.running.end(stage)
+    }
 }
 
 /// The guest was not healthy in time, or its process ended.
@@ -51,84 +127,86 @@ pub(super) struct Running {
 struct NotHealthy(&'static str);
 
 pub(super) fn launch(job: &Job<'_>) -> Result<Launched, Failure> {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    // Beside another run on this machine the names must differ: `ip netns` has one place.
-    let share = (std::process::id() % 12) as u16 * 1000;
-    let index = FIRST_INDEX + share + NEXT.fetch_add(1, Ordering::Relaxed) % 1000;
-    let mut running = Running {
-        child: None,
-        index,
-        dir: job.stage.dir.join(format!("conventional-{index}")),
-        mapped: None,
-    };
-    // Everything takes place in the host's namespace, on one thread that has entered it.
-    let outcome = netns::run_in(job.stage.host(), || bring_back(job, &mut running));
-    let netns = netns::open(&netns::named_path(&running.namespace()));
-    match (outcome, netns) {
-        (Ok(Ok((took, phases))), Ok(netns)) => Ok(Launched {
-            took,
-            phases,
-            memory_mode: None,
-            timeline: None,
-            netns,
-            end: Ending::Conventional(Box::new(running)),
-        }),
-        (outcome, netns) => {
-            running.end(job.stage);
-            outcome?.map_err(|text| StageError::Program {
-                program: "the conventional way".to_owned(),
-                says: text,
-            })?;
-            Err(netns
-                .err()
-                .map_or_else(|| NotHealthy("no namespace").into(), Into::into))
-        }
-    }
-}
-
-type Outcome = (Duration, BTreeMap<String, f64>);
-
-/// The error is text: it crosses a thread.
-fn bring_back(job: &Job<'_>, running: &mut Running) -> Result<Outcome, String> {
-    steps(job, running).map_err(|failure| match failure {
-        Failure::Error(error) => {
-            let mut text = error.to_string();
-            let mut next = error.source();
-            while let Some(cause) = next {
-                text = format!("{text}: {cause}");
-                next = cause.source();
-            }
-            text
-        }
-        Failure::Missing | Failure::Told(_) => "something is missing".to_owned(),
+    let Life {
+        running,
+        netns,
+        launched: (took, phases),
+    } = Life::begin(job)?;
+    Ok(Launched {
+        took,
+        phases,
+        memory_mode: None,
+        timeline: None,
+        netns,
+        end: Ending::Conventional(Box::new(running)),
     })
 }
 
-fn steps(job: &Job<'_>, running: &mut Running) -> Result<Outcome, Failure> {
-    let begun = Instant::now();
+/// What something took, and when its phases were reached.
+pub(in crate::cli::bench) type Outcome = (Duration, BTreeMap<String, f64>);
+
+struct Clock {
+    begun: Instant,
+    phases: BTreeMap<String, f64>,
+}
+
+impl Clock {
+    fn start() -> Self {
+        Self {
+            begun: Instant::now(),
+            phases: BTreeMap::new(),
+        }
+    }
+
+    fn mark(&mut self, phase: &str) {
+        let at = millis(self.begun.elapsed());
+        self.phases.insert(phase.to_owned(), at);
+    }
+
+    fn stop(self) -> Outcome {
+        (self.begun.elapsed(), self.phases)
+    }
+}
+
+fn told(says: String) -> StageError {
+    StageError::Program {
+        program: "the conventional way".to_owned(),
+        says,
+    }
+}
+
+/// The error is text: it crosses a thread.
+fn bring_up(job: &Job<'_>, running: &mut Running) -> Result<Outcome, String> {
+    let mut clock = Clock::start();
+    let mut steps = || {
+        std::fs::create_dir(&running.dir)?;
+        let index = running.index.to_string();
+        shell(SLOT, &["create", PREFIX, &index, UPLINK])?;
+        clock.mark("slot_acquired");
+        make_disk(job, running)?;
+        clock.mark("disk_acquired");
+        revive(job, running, &mut clock)
+    };
+    steps().map_err(|failure| words(&failure))?;
+    Ok(clock.stop())
+}
+
+/// From a network and a disk to a guest that has taken `/init`.
+fn revive(job: &Job<'_>, running: &mut Running, clock: &mut Clock) -> Result<(), Failure> {
     let deadline = Deadline::after(BUDGET);
-    let mut phases = BTreeMap::new();
-    let mut mark = |name: &str| phases.insert(name.to_owned(), millis(begun.elapsed()));
-    std::fs::create_dir(&running.dir)?;
-    let index = running.index.to_string();
-    shell(SLOT, &["create", PREFIX, &index, UPLINK])?;
-    mark("slot_acquired");
-    let disk = make_disk(job, running)?;
-    mark("disk_acquired");
-    let socket = running.dir.join("ch.sock");
-    let child = running
-        .child
-        .insert(run(job, running.index, disk.as_deref(), &socket)?);
-    mark("spawned");
+    let (socket, snapshot) = (running.socket(), running.snapshot(job));
+    let child = run(job, running, &socket)?;
+    let child = running.child.insert(child);
+    clock.mark("spawned");
     while UnixStream::connect(&socket).is_err() {
         if child.try_wait()?.is_some() || deadline.has_passed() {
             return Err(NotHealthy("Cloud Hypervisor's socket did not appear").into());
         }
         std::thread::sleep(SOCKET_POLL);
     }
-    mark("socket_found");
+    clock.mark("socket_found");
     let config = RestoreConfig {
-        source_url: file_url(&job.template.snapshot)?,
+        source_url: file_url(&snapshot)?,
         memory_restore_mode: match job.mode {
             MemoryMode::Copy => MemoryRestoreMode::Copy,
             _ => MemoryRestoreMode::OnDemand,
@@ -137,9 +215,9 @@ fn steps(job: &Job<'_>, running: &mut Running) -> Result<Outcome, Failure> {
         ..RestoreConfig::default()
     };
     Client::assuming(&socket, Version::V53).restore(&config, &[], deadline)?;
-    mark("api_accepted");
+    clock.mark("api_accepted");
     Client::assuming(&socket, Version::V53).resume(deadline)?;
-    mark("resumed");
+    clock.mark("resumed");
     let init = Init::new();
     let agent = agent(job.stage, running.index, init.lifecycle)?;
     loop {
@@ -151,10 +229,10 @@ fn steps(job: &Job<'_>, running: &mut Running) -> Result<Outcome, Failure> {
             return Err(NotHealthy("The guest did not become healthy").into());
         }
     }
-    mark("ready");
+    clock.mark("ready");
     agent.init(&init, deadline)?;
-    mark("init_done");
-    Ok((begun.elapsed(), phases))
+    clock.mark("init_done");
+    Ok(())
 }
 
 /// The guest under the address by which the host reaches it, through NAT.
@@ -168,9 +246,9 @@ fn agent(stage: &Stage, index: u16, lifecycle: Lifecycle) -> Result<Agent, Failu
     Ok(Agent::new(target, incarnation, ClientOptions::default()))
 }
 
-fn make_disk(job: &Job<'_>, running: &mut Running) -> Result<Option<PathBuf>, Failure> {
+fn make_disk(job: &Job<'_>, running: &mut Running) -> Result<(), Failure> {
     let Some(base) = &job.template.base else {
-        return Ok(None);
+        return Ok(());
     };
     let store = running.dir.join("rootfs.cow");
     let (base, at) = (base.display().to_string(), store.display().to_string());
@@ -185,22 +263,25 @@ fn make_disk(job: &Job<'_>, running: &mut Running) -> Result<Option<PathBuf>, Fa
         let bytes = std::fs::metadata(&base)?.len().to_string();
         running.mapped = Some(name.clone());
         shell(DISK, &["create", &name, &base, &at, &bytes])?;
-        return Ok(Some(Path::new("/dev/mapper").join(name)));
+        running.disk = Some(Path::new("/dev/mapper").join(name));
+        return Ok(());
     }
     run_here("cp", &["--reflink=auto", "--sparse=always", &base, &at])?;
-    Ok(Some(store))
+    running.disk = Some(store);
+    Ok(())
 }
 
-fn run(job: &Job<'_>, index: u16, disk: Option<&Path>, socket: &Path) -> Result<Child, Failure> {
+fn run(job: &Job<'_>, running: &Running, socket: &Path) -> Result<Child, Failure> {
     let recorded = job.template.base.as_deref().and_then(Path::parent);
     let mut command = Command::new("unshare");
     command
         .args(["-m", "--", "bash", "-c", RUN, "bash"])
         .arg(recorded.unwrap_or(Path::new("")))
-        .arg(disk.unwrap_or(Path::new("")))
-        .arg(namespace(index))
+        .arg(running.disk.as_deref().unwrap_or(Path::new("")))
+        .arg(running.namespace())
         .arg(program(job.stage)?)
         .arg(socket)
+        .arg(job.stage.actor.variable())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
@@ -242,13 +323,36 @@ fn run_here(program: &str, arguments: &[&str]) -> Result<(), StageError> {
     Err(failed(stderr.trim().to_owned()))
 }
 
-fn namespace(index: u16) -> String {
-    format!("{PREFIX}-{index}")
-}
-
 impl Running {
+    fn new(stage: &Stage) -> Self {
+        static NEXT: AtomicU16 = AtomicU16::new(0);
+        // Beside another run on this machine the names must differ: `ip netns` has one place.
+        let share = (std::process::id() % 12) as u16 * 1000;
+        let index = FIRST_INDEX + share + NEXT.fetch_add(1, Ordering::Relaxed) % 1000;
+        Self {
+            child: None,
+            index,
+            dir: stage.dir.join(format!("conventional-{index}")),
+            disk: None,
+            mapped: None,
+            pauses: 0,
+        }
+    }
+
     fn namespace(&self) -> String {
-        namespace(self.index)
+        format!("{PREFIX}-{}", self.index)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.join(format!("ch-{}.sock", self.pauses))
+    }
+
+    /// What it comes from: the template's snapshot, or its own.
+    fn snapshot(&self, job: &Job<'_>) -> PathBuf {
+        match self.pauses {
+            0 => job.template.snapshot.clone(),
+            pauses => self.dir.join(format!("snapshot-{pauses}")),
+        }
     }
 
     pub(super) fn end(mut self, stage: &Stage) -> Vec<String> {

@@ -93,7 +93,7 @@ fn lay_out(
     id: &SandboxId,
 ) -> Result<(Option<Disk>, PathBuf, String, Ledger), Failure> {
     let mut ledger = Ledger::new();
-    let dir = job.stage.dir.join(format!("floor-{id}"));
+    let dir = job.stage.run.join(format!("floor-{id}"));
     ledger.push(Step::Directory { path: dir.clone() });
     std::fs::create_dir(&dir)?;
     let disk = make_disk(job, id)?;

@@ -1,7 +1,7 @@
 //! The ways to bring a guest back: ours, the one that hosts use today, and the least that is
 //! possible at all.
 
-mod conventional;
+pub(super) mod conventional;
 mod floor;
 pub(super) mod ours;
 
@@ -152,7 +152,7 @@ fn remove_slot(stage: &Stage, slot: Slot) -> Option<String> {
 }
 
 /// Times of a timeline's phases, in milliseconds from its beginning.
-fn phases(timeline: &Timeline) -> BTreeMap<String, f64> {
+pub(super) fn phases(timeline: &Timeline) -> BTreeMap<String, f64> {
     let marks = timeline.marks().into_iter();
     marks
         .map(|(phase, at)| (phase.name().to_owned(), millis(at)))

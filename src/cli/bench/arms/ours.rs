@@ -123,5 +123,5 @@ fn spec(
 
 /// Where our processes have their directories.
 pub(in crate::cli::bench) fn run_dir(stage: &Stage) -> PathBuf {
-    stage.dir.join("run")
+    stage.run.join("v")
 }

@@ -1,0 +1,66 @@
+//! Warm kits with real Cloud Hypervisors.
+
+use std::fs;
+use std::os::fd::AsFd;
+
+use rewake::deadline::Deadline;
+use rewake::plan::{MemoryMode, MemoryPolicy};
+use rewake::probe_guest::{Settings, expected_checksum};
+use rewake::restore::kit::Kit;
+use rewake::restore::restore_with;
+use rewake::snapshot::SnapshotDir;
+use rewake::wire::http::Method;
+use rewake_sys::netns;
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+
+use crate::lab::Lab;
+
+#[test]
+fn root_kvm_a_warm_kit_becomes_the_guest_and_keeps_its_file() {
+    // Sockets have short paths only.
+    let Some(mut lab) = Lab::new("root_kvm_a_warm_kit_becomes_the_guest_and_keeps_its_file") else {
+        return;
+    };
+    let snapshot = lab.dir().join("snapshot");
+    let machine = lab.boot(&Settings::default());
+    let nonce = machine.probe()["nonce"].as_str().unwrap().to_owned();
+    machine.freeze(&snapshot);
+    SnapshotDir::open(&snapshot, &rewake::snapshot::SnapshotLimits::default()).unwrap();
+    let namespace = netns::open(&lab.netns_path()).unwrap();
+    for mode in [MemoryMode::Map, MemoryMode::OnDemand, MemoryMode::Copy] {
+        let spec = lab.restore_spec(&snapshot, MemoryPolicy::Only(mode));
+        let netns = Some(namespace.as_fd());
+        let deadline = Deadline::after(std::time::Duration::from_secs(60));
+        let kit = Kit::prepare(&spec.vmm, &spec.runtime_dir, netns, deadline).unwrap();
+        let process = kit.process();
+        assert!(kit.private_memory().unwrap().0 > 0);
+        let restored = restore_with(&spec, Some(kit), deadline).unwrap();
+        assert_eq!(restored.vmm.pid(), process.pid, "{mode}");
+        assert_eq!(restored.memory_mode, mode);
+        assert_eq!(
+            lab.probe()["nonce"],
+            *nonce,
+            "{mode}: restored, not rebooted"
+        );
+        let sum = lab.json(Method::Get, "/probe/checksum?pages=64");
+        let expected = expected_checksum(u64::from_str_radix(&nonce, 16).unwrap(), 64);
+        assert_eq!(
+            sum["checksum"],
+            format!("{expected:016x}"),
+            "{mode}: memory is whole"
+        );
+        // Mapped memory is spoken for while the process lives, though it inherited nothing.
+        let file = fs::File::open(snapshot.join("memory-ranges")).unwrap();
+        let lock = || rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
+        let expected = if mode == MemoryMode::Map {
+            Err(Errno::WOULDBLOCK)
+        } else {
+            Ok(())
+        };
+        assert_eq!(lock(), expected, "{mode}");
+        rustix::fs::flock(&file, FlockOperation::Unlock).unwrap();
+        assert!(restored.destroy(deadline).is_empty());
+        assert_eq!(lock(), Ok(()), "{mode}: the lock ends with the process");
+    }
+}
