@@ -13,12 +13,12 @@ use crate::deadline::Deadline;
 use crate::envd::init::{Init, Lifecycle};
 use crate::ids::{SandboxId, SlotIndex, TemplateId};
 use crate::plan::{MemoryMode, RootDisk};
-use crate::resource::disk::{Disk, DiskFailure, DiskMode};
+use crate::resource::disk::DiskMode;
 use crate::resource::net::{CreateError, Slot};
 use crate::resource::slot::SlotError;
 use crate::restore::Gate;
 use crate::restore::kit::Kit;
-use crate::timeline::{Phase, Timeline};
+use crate::timeline::Timeline;
 use crate::units::Bytes;
 
 /// How a sandbox is launched.
@@ -158,43 +158,17 @@ fn acquire(
     let deadline = making.deadline;
     let mode = options.disk_mode.unwrap_or(ctx.config.disk_mode);
     let make_disk = |base: &PathBuf| ctx.disks.create(&id, base, &disks, mode, deadline);
+    let base = source.base.as_ref();
     // A process that runs already cannot be given a mount namespace.
     let may_be_warm = source.sandbox_dir.is_none();
-    let make_slot = || slot(ctx, &id, options.slot, may_be_warm, deadline);
-    let (slot, disk) = match &source.base {
-        None => (make_slot(), None),
-        Some(base) => std::thread::scope(|scope| {
-            let disk = scope.spawn(|| make_disk(base));
-            let slot = make_slot();
-            (slot, Some(joined(disk.join())))
-        }),
-    };
-    // Both are taken over before either's failure is looked at: what was made is undone.
-    let (slot, disk) = (
-        slot.map(|(slot, kit)| making.own_place(slot, kit)),
-        disk.transpose().map(|disk| {
-            if let Some(disk) = disk {
-                making.own_disk(disk);
-                making.timeline.mark(Phase::DiskAcquired);
-            }
-        }),
-    );
-    slot?;
-    making.timeline.mark(Phase::SlotAcquired);
-    disk.map_err(|failure| Cause::Disk {
-        what: "make",
-        source: Box::new(failure),
-    })?;
+    making.acquire(
+        || slot(ctx, &id, options.slot, may_be_warm, deadline).map(Some),
+        base.map(|base| || make_disk(base)),
+        "make",
+    )?;
     let mut status = making.hold.status();
     status.slot = making.slot_index();
     making.hold.change(status)
-}
-
-/// A panic of the disk's thread goes on in ours.
-pub(crate) fn joined(
-    outcome: std::thread::Result<Result<Disk, DiskFailure>>,
-) -> Result<Disk, DiskFailure> {
-    outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 fn slot(

@@ -8,6 +8,7 @@
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use super::Sandbox;
 use super::admission::Place;
@@ -20,7 +21,7 @@ use crate::deadline::Deadline;
 use crate::envd::init::Init;
 use crate::ids::SlotIndex;
 use crate::plan::{MemoryMode, RestoreInputs, RootDisk};
-use crate::resource::disk::Disk;
+use crate::resource::disk::{Disk, DiskFailure};
 use crate::resource::ledger::{Step, StepLog};
 use crate::resource::net::Slot;
 use crate::resource::slot::ProcessIdentity;
@@ -114,24 +115,48 @@ impl Making {
         }
     }
 
-    /// Takes over what was acquired.
-    pub(crate) fn own_slot(&mut self, slot: Slot) {
-        self.recorder.with_slot(|place| *place = Some(slot));
-    }
-
-    /// A slot, and the process that may be waiting in it.
-    pub(crate) fn own_place(&mut self, slot: Slot, kit: Option<Kit>) {
-        self.own_slot(slot);
-        self.kit = kit;
+    /// Acquires slot and disk, neither waiting for the other. What one has got is taken over
+    /// before the other's failure is looked at: all that was made is undone.
+    pub(crate) fn acquire(
+        &mut self,
+        slot: impl FnOnce() -> Result<Option<(Slot, Option<Kit>)>, Cause>,
+        disk: Option<impl FnOnce() -> Result<Disk, DiskFailure> + Send>,
+        what: &'static str,
+    ) -> Result<(), Cause> {
+        let (slot, slot_at, disk) = match disk {
+            None => (slot(), Instant::now(), None),
+            Some(disk) => std::thread::scope(|scope| {
+                let disk = scope.spawn(|| (disk(), Instant::now()));
+                let (slot, slot_at) = (slot(), Instant::now());
+                // A panic of the disk's thread goes on in ours.
+                let disk = disk
+                    .join()
+                    .unwrap_or_else(|it| std::panic::resume_unwind(it));
+                (slot, slot_at, Some(disk))
+            }),
+        };
+        let slot = slot.map(|acquired| {
+            if let Some((slot, kit)) = acquired {
+                self.recorder.with_slot(|place| *place = Some(slot));
+                self.kit = kit;
+            }
+        });
+        let disk = disk.map(|(disk, at)| (disk.map(|disk| self.disk = Some(disk)), at));
+        slot?;
+        self.timeline.mark_at(Phase::SlotAcquired, slot_at);
+        if let Some((disk, at)) = disk {
+            disk.map_err(|failure| Cause::Disk {
+                what,
+                source: Box::new(failure),
+            })?;
+            self.timeline.mark_at(Phase::DiskAcquired, at);
+        }
+        Ok(())
     }
 
     /// The process to restore on; it is given away once.
     pub(crate) const fn take_kit(&mut self) -> Option<Kit> {
         self.kit.take()
-    }
-
-    pub(crate) fn own_disk(&mut self, disk: Disk) {
-        self.disk = Some(disk);
     }
 
     pub(crate) fn slot_index(&self) -> Option<SlotIndex> {

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use super::context::Context;
 use super::error::{Cause, Error, Operation, Remains, file};
 use super::hold::{Hold, UNDO_BUDGET};
-use super::launch;
 use super::making::{Making, Ran, prints};
 use super::state::{State, Status};
 use super::untouched::Print;
@@ -17,8 +16,9 @@ use crate::plan::MemoryMode;
 use crate::resource::disk::Disk;
 use crate::resource::net::{CreateError, Slot};
 use crate::restore::Gate;
+use crate::restore::kit::Kit;
 use crate::snapshot::{MEMORY_FILE, ZONE_FILE};
-use crate::timeline::{Phase, Timeline};
+use crate::timeline::Timeline;
 
 /// How a sandbox is resumed.
 #[derive(Debug, Clone)]
@@ -91,43 +91,17 @@ fn acquire(ctx: &Context, paused: &Status, making: &mut Making) -> Result<(), Ca
     let (id, disks) = (making.hold.id.clone(), making.hold.dir.disk());
     let has_disk = making.hold.journal.story().identity.disk;
     let deadline = making.deadline;
-    let take_slot = || -> Result<Option<Slot>, Cause> {
+    let take_slot = || -> Result<Option<(Slot, Option<Kit>)>, Cause> {
         let Some(index) = paused.slot else {
             return Ok(None);
         };
         let lease = ctx.net.slots().reserve(index, id.as_str())?;
         let slot = ctx.net.revive(lease, deadline);
-        slot.map(Some)
+        slot.map(|slot| Some((slot, None)))
             .map_err(|failure| Cause::Slot(CreateError::Build(failure)))
     };
-    let (slot, disk) = if has_disk {
-        std::thread::scope(|scope| {
-            let disk = scope.spawn(|| ctx.disks.attach(&id, &disks, deadline));
-            let slot = take_slot();
-            (slot, Some(launch::joined(disk.join())))
-        })
-    } else {
-        (take_slot(), None)
-    };
-    let (slot, disk) = (
-        slot.map(|slot| {
-            if let Some(slot) = slot {
-                making.own_slot(slot);
-            }
-        }),
-        disk.transpose().map(|disk| {
-            if let Some(disk) = disk {
-                making.own_disk(disk);
-                making.timeline.mark(Phase::DiskAcquired);
-            }
-        }),
-    );
-    slot?;
-    making.timeline.mark(Phase::SlotAcquired);
-    disk.map_err(|failure| Cause::Disk {
-        what: "attach",
-        source: Box::new(failure),
-    })
+    let attach = || ctx.disks.attach(&id, &disks, deadline);
+    making.acquire(take_slot, has_disk.then_some(attach), "attach")
 }
 
 /// The snapshot is marked as consumed, durably, before the vCPUs may run: from then on it
