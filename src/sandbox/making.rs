@@ -313,6 +313,8 @@ impl Making {
 
     fn undo(&mut self, ran: Ran) -> Vec<Remains> {
         self.concluded = true;
+        // A process that waits in the slot ends before the slot does.
+        drop(self.kit.take());
         // What undoing needs is found by its record; nobody must hold it then.
         let slot = self.recorder.with_slot(Option::take);
         let disk = self.disk.take();

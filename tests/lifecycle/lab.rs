@@ -113,6 +113,18 @@ impl Lab {
     }
 }
 
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // Sandboxes outlive everybody, but not a test that failed.
+        for pid in self.processes() {
+            let pid = i32::try_from(pid).ok();
+            if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
+    }
+}
+
 /// The configuration of the host in a directory.
 pub(crate) fn config_of(dir: &Path, netns: &Path, sim: &[&str]) -> HostConfig {
     let mut config = HostConfig::new(dir.join("root")).with_runtime_dir(dir.join("run"));

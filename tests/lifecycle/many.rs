@@ -57,6 +57,12 @@ fn root_two_hundred_restores_in_flight_on_one_thread() {
     let addresses: BTreeSet<_> = launched.iter().map(Sandbox::host_ip).collect();
     assert_eq!(addresses.len(), IN_FLIGHT);
     assert_eq!(lab.processes().len(), IN_FLIGHT);
+    // Whoever comes next finds them all, and asks each of their guests.
+    let begun = Instant::now();
+    let census = host.recover(soon()).unwrap();
+    println!("{IN_FLIGHT} sandboxes adopted in {:?}", begun.elapsed());
+    assert_eq!(census.adopted.len(), IN_FLIGHT, "{census:?}");
+    assert!(begun.elapsed() < Duration::from_secs(20));
     std::thread::scope(|scope| {
         for part in launched.chunks(IN_FLIGHT / 8) {
             scope.spawn(move || {

@@ -44,3 +44,27 @@ fn root_a_launch_takes_a_process_that_was_ready_and_recovery_leaves_the_others_a
     drop(host);
     assert_eq!(lab.census(), before);
 }
+
+#[test]
+fn root_a_launch_that_fails_beside_its_kit_leaves_neither_kit_nor_slot() {
+    let test = "root_a_launch_that_fails_beside_its_kit_leaves_neither_kit_nor_slot";
+    let Some(lab) = Lab::new(test) else { return };
+    let sound = lab.open();
+    let template = lab.template(&sound);
+    let before = lab.census();
+    let mut config = lab.config(&[]);
+    config.kits = KitPoolOptions {
+        target: 1,
+        ..KitPoolOptions::default()
+    };
+    let host = Host::open(config).unwrap();
+    assert!(host.kits().unwrap().wait_settled(soon()));
+    let taken = host.kits().unwrap().stats().taken;
+    // Without its base image no disk can be made.
+    std::fs::remove_file(template.disk().unwrap()).unwrap();
+    host.launch(&template, LaunchOptions::default())
+        .unwrap_err();
+    assert_eq!(host.kits().unwrap().stats().taken, taken + 1);
+    drop(host);
+    assert_eq!(lab.census(), before);
+}
