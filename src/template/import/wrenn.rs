@@ -11,11 +11,13 @@
 //! missing, and unknown ones are skipped. Nothing in it is believed that the snapshot itself
 //! can be asked for.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use crate::wire::json::{self, JsonError, JsonLimits};
 
@@ -75,6 +77,9 @@ impl Meta {
     }
 
     fn parse(bytes: &[u8]) -> Result<Self, MetaError> {
+        // Fields that may all be missing would be read from an empty list as well.
+        let _object: BTreeMap<String, IgnoredAny> =
+            json::from_slice_bounded(bytes, LIMITS).map_err(MetaError::Json)?;
         let mut meta: Self = json::from_slice_bounded(bytes, LIMITS).map_err(MetaError::Json)?;
         // Go writes what it does not know as an empty string.
         meta.sandbox_dir = meta.sandbox_dir.filter(|dir| !dir.as_os_str().is_empty());
