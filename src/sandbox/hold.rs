@@ -1,5 +1,7 @@
 //! A sandbox in the hands of one operation.
 
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,11 +15,16 @@ use crate::ids::{SandboxId, SlotIndex};
 use crate::resource::disk::DiskError;
 use crate::resource::ledger::{Ledger, Step, StepLog};
 use crate::resource::net::SlotFailure;
-use crate::resource::slot::{SlotError, SlotLease};
+use crate::resource::slot::{ProcessIdentity, SlotError, SlotLease};
 use crate::vmm::orphan;
 
 /// Undoing has a budget of its own: the caller's may be used up, and nothing may be left.
 pub(crate) const UNDO_BUDGET: Duration = Duration::from_secs(20);
+
+/// How long a process may take from its making to its `exec`, and how often it is looked for:
+/// a hundred times at most, which the queue of its socket holds.
+const EXEC_BUDGET: Duration = Duration::from_secs(2);
+const EXEC_LOOK: Duration = Duration::from_millis(20);
 
 /// A sandbox, locked.
 #[derive(Debug)]
@@ -112,12 +119,11 @@ impl Hold {
             })
             .collect();
         ledger.adopt(steps);
-        if !known && !dirs.is_empty() {
-            let marked = orphan::list(&self.ctx.config.runtime_dir);
-            for found in marked.into_iter().filter(|it| dirs.contains(&it.vm_dir)) {
+        if !known {
+            for found in dirs.iter().filter_map(|dir| self.unnoted(dir)) {
                 ledger.push(Step::Process {
-                    pid: found.process.pid,
-                    start_time: found.process.start_time,
+                    pid: found.pid,
+                    start_time: found.start_time,
                 });
             }
         }
@@ -125,6 +131,26 @@ impl Hold {
         // What is left stays on record, for the next attempt.
         drop(ledger.release());
         left.into_iter().map(Remains::Step).collect()
+    }
+
+    /// The process of a VM directory whose maker died before it could write the pid down.
+    ///
+    /// It bears a mark from its `exec` on; before that, it holds the API socket that its maker
+    /// listened on. So while anybody still listens there, it is looked for again: there is
+    /// nothing that could be waited for.
+    fn unnoted(&self, vm_dir: &Path) -> Option<ProcessIdentity> {
+        let patience = Deadline::after(EXEC_BUDGET);
+        loop {
+            let marked = orphan::list(&self.ctx.config.runtime_dir);
+            if let Some(found) = marked.into_iter().find(|it| it.vm_dir == vm_dir) {
+                return Some(found.process);
+            }
+            let listens = UnixStream::connect(vm_dir.join("api.sock")).is_ok();
+            if !listens || patience.has_passed() {
+                return None;
+            }
+            std::thread::sleep(EXEC_LOOK);
+        }
     }
 
     /// Removes the network slot of the sandbox, where it has one.
