@@ -79,6 +79,7 @@ impl Hold {
         lock: DirLock,
     ) -> Result<Self, Cause> {
         let journal = Journal::open(&dir.journal(), ctx.config.faults.clone())?;
+        forget_processes(&journal);
         let (ctx, id) = (Arc::clone(ctx), id.clone());
         Ok(Self::new(ctx, id, dir, journal, lock))
     }
@@ -248,6 +249,18 @@ impl Hold {
             log::warn!("Sandbox {}: {error}", self.id);
         }
         left
+    }
+}
+
+/// After a restart of the machine, the processes on record are gone, and strangers may bear
+/// their numbers. Done before anything is written: the next line is of this boot.
+fn forget_processes(journal: &Journal) {
+    if journal.status().is_of_this_boot() {
+        return;
+    }
+    let steps = journal.story().steps;
+    for step in steps.iter().filter(|it| matches!(it, Step::Process { .. })) {
+        journal.undone(step);
     }
 }
 

@@ -29,7 +29,7 @@ pub(crate) struct Live {
 impl Live {
     /// Takes up the VM of a status. Sends nothing.
     pub(crate) fn of(ctx: &Context, id: &SandboxId, status: &Status) -> Result<Self, Cause> {
-        let vm = status.vm.clone().ok_or(Cause::Ended)?;
+        let vm = status.vm_now().cloned().ok_or(Cause::Ended)?;
         let process = open(vm.process)?;
         let api = Api::assuming(vm.vm_dir.join("api.sock"), version(&vm));
         let agent = agent(ctx, id, status.slot, vm.lifecycle, Some(&process))?;

@@ -15,8 +15,9 @@ use super::admission::Place;
 use super::error::{Cause, Error, Operation, Remains};
 use super::hold::{Hold, UNDO_BUDGET};
 use super::journal::Journal;
+use super::kept::put_back;
 use super::state::{RunningVm, State, Status};
-use super::untouched::Print;
+use super::untouched::Ran;
 use crate::deadline::Deadline;
 use crate::envd::init::Init;
 use crate::ids::SlotIndex;
@@ -26,9 +27,8 @@ use crate::resource::ledger::{Step, StepLog};
 use crate::resource::net::Slot;
 use crate::resource::slot::ProcessIdentity;
 use crate::restore::kit::Kit;
-use crate::restore::{self, Gate, RestoreError, RestoreSpec, Restored, Stage};
+use crate::restore::{self, Gate, RestoreError, RestoreSpec, Restored};
 use crate::timeline::{Phase, Timeline};
-use crate::vmm::api::ApiError;
 
 /// Writes the steps of a restore into the sandbox's journal, and the process into the record
 /// of its slot, which is not freed while that process lives.
@@ -322,7 +322,7 @@ impl Making {
             drop((slot, disk));
             return self.hold.remove_all(Deadline::after(UNDO_BUDGET));
         }
-        super::resume::put_back(&self.hold, slot, disk, ran)
+        put_back(&self.hold, slot, disk, ran)
     }
 }
 
@@ -334,31 +334,4 @@ impl Drop for Making {
             }
         }
     }
-}
-
-/// Whether the vCPUs of a restore that failed have run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Ran {
-    /// Certainly not.
-    No,
-    /// They may have.
-    Perhaps,
-}
-
-impl Ran {
-    /// They have not where `vm.restore` was never sent, or was refused.
-    fn judge(error: &RestoreError) -> Self {
-        let refused = matches!(*error.cause, restore::Cause::Api(ApiError::Refused { .. }));
-        match error.stage {
-            Stage::Check | Stage::Plan | Stage::Prepare | Stage::Launch | Stage::Gate => Self::No,
-            Stage::Restore if refused && error.timeline.at(Phase::Resumed).is_none() => Self::No,
-            _ => Self::Perhaps,
-        }
-    }
-}
-
-/// What a resume proves later by: the disk and the memory file as they are before.
-pub(crate) fn prints(disk: Option<&Disk>, memory: Option<&Path>) -> Option<Vec<Print>> {
-    let paths = disk.map(Disk::path).into_iter().chain(memory);
-    paths.map(Print::take).collect()
 }

@@ -19,6 +19,7 @@ mod dir;
 mod error;
 mod hold;
 pub mod journal;
+mod kept;
 mod launch;
 mod live;
 mod making;
@@ -152,8 +153,8 @@ impl Sandbox {
     pub fn state(&self) -> Result<State, Error> {
         let status = self.story()?.status;
         let ended = |status: &Status| {
-            let vm = status.vm.as_ref();
-            vm.is_some_and(|vm| live::open(vm.process).is_err())
+            let vm = status.vm_now();
+            vm.is_none_or(|vm| live::open(vm.process).is_err())
         };
         if status.state == State::Running && ended(&status) {
             return Ok(State::Lost);
@@ -300,7 +301,8 @@ impl Sandbox {
     /// # Errors
     /// [`Cause::File`].
     pub fn log(&self) -> Result<Vec<u8>, Error> {
-        let pid = self.story()?.status.vm.map(|vm| vm.process.pid);
+        let status = self.story()?.status;
+        let pid = status.vm_now().map(|vm| vm.process.pid);
         vmm_log::read(&self.dir().vmm_log(), pid)
             .map_err(|cause| Error::new(&self.id, Operation::Inspect, cause))
     }

@@ -17,8 +17,8 @@ use super::context::Context;
 use super::dir::SandboxDir;
 use super::error::{Cause, Error, Full, Operation, Remains, api, file, guest};
 use super::hold::{Hold, UNDO_BUDGET};
+use super::kept::{forget_snapshots, keep_slot};
 use super::live::Live;
-use super::resume::{forget_snapshots, keep_slot};
 use super::state::{State, Status};
 use crate::deadline::Deadline;
 use crate::envd::init::Init;
@@ -114,11 +114,7 @@ fn commit(
         take_back(&place, staging);
         return Err(Cause::Seal(error));
     }
-    let mut paused = freeze.status.now(State::Paused);
-    paused.vm = None;
-    paused.consumed = false;
-    paused.proof = None;
-    paused.durable = durability == Durability::Synced;
+    let paused = freeze.status.paused(durability == Durability::Synced);
     let written = match durability {
         Durability::Synced => hold.journal.commit(paused),
         Durability::Warm => hold.journal.change(paused),

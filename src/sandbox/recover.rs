@@ -14,11 +14,11 @@ use super::context::Context;
 use super::dir::{self, SandboxDir};
 use super::error::{Cause, Error, Operation, Remains, file};
 use super::hold::{Hold, is_gone};
+use super::kept::{forget_snapshots, keep_slot, put_back};
 use super::live::Live;
-use super::making::Ran;
 use super::pause::release;
-use super::resume::{forget_snapshots, keep_slot, put_back};
-use super::state::{RunningVm, State, Status, boot_id};
+use super::state::{RunningVm, State, Status};
+use super::untouched::Ran;
 use rustix::fs::OFlags;
 
 use crate::deadline::Deadline;
@@ -37,6 +37,9 @@ use crate::vmm::orphan;
 const ASK_BUDGET: Duration = Duration::from_secs(2);
 /// Sandboxes looked at at the same time: most of the time is spent waiting for guests.
 const THREADS: usize = 16;
+
+/// Why a sandbox is lost whose snapshot was in the page cache only.
+const RESTARTED_TOO_EARLY: &str = "the machine restarted before its memory was on the disk";
 
 /// What was found. Every sandbox is in exactly one of the lists of ids.
 #[derive(Debug, Default)]
@@ -190,8 +193,8 @@ fn one(ctx: &Arc<Context>, id: &SandboxId, deadline: Deadline) -> Result<Fate, E
 /// A paused sandbox keeps its slot; one that was in the page cache only when the machine went
 /// down is lost, since nobody can tell whether all of its memory got to the disk.
 fn paused(hold: &Hold, status: &Status) -> Result<Fate, Cause> {
-    if !status.durable && status.boot != boot_id() {
-        let left = hold.lose("the machine restarted before its memory was on the disk");
+    if !status.durable && !status.is_of_this_boot() {
+        let left = hold.lose(RESTARTED_TOO_EARLY);
         return settled(&left, Fate::Lost);
     }
     // A VM that should be gone may be left, where its maker died while it ended it.
@@ -285,15 +288,11 @@ fn pausing(hold: &Hold, status: &Status) -> Result<Fate, Cause> {
     let place = hold.dir.snapshot(status.generation);
     // A snapshot gets its name when it is complete. After a restart of the machine that may
     // not be so any more.
-    let complete = status.boot == boot_id()
+    let complete = status.is_of_this_boot()
         && place.exists()
         && SnapshotDir::open(&place, &hold.ctx.config.snapshot_limits).is_ok();
     if complete {
-        let mut paused = status.now(State::Paused);
-        paused.vm = None;
-        paused.consumed = false;
-        paused.proof = None;
-        paused.durable = false;
+        let paused = status.paused(false);
         hold.change(paused.clone())?;
         return settled(&release(hold, &paused), Fate::Paused);
     }
@@ -308,8 +307,17 @@ fn pausing(hold: &Hold, status: &Status) -> Result<Fate, Cause> {
 }
 
 /// Whoever resumed it died. A VM that runs is adopted; else it is paused as before, where its
-/// snapshot still goes with its disk.
+/// snapshot still goes with its disk. After a restart of the machine only the journal tells:
+/// times and counters prove nothing about what got to the disk.
 fn resuming(hold: &Hold, status: &Status) -> Result<Fate, Cause> {
+    if !status.is_of_this_boot() && (status.consumed || !status.durable) {
+        let why = if status.consumed {
+            "the machine restarted after its memory had been used"
+        } else {
+            RESTARTED_TOO_EARLY
+        };
+        return settled(&hold.lose(why), Fate::Lost);
+    }
     if status.consumed
         && let Some(found) = half_resumed(hold, status)
     {

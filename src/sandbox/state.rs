@@ -159,6 +159,31 @@ impl Status {
         }
     }
 
+    /// Whether it was written in this boot of the machine. Of an earlier one there is no process
+    /// left, whoever bears its number now; and what was not synced may be gone.
+    #[must_use]
+    pub fn is_of_this_boot(&self) -> bool {
+        self.boot == boot_id()
+    }
+
+    /// Its VM, unless the machine has been started again since.
+    #[must_use]
+    pub fn vm_now(&self) -> Option<&RunningVm> {
+        self.vm.as_ref().filter(|_| self.is_of_this_boot())
+    }
+
+    /// The same sandbox paused, with nothing left of the life that it had.
+    #[must_use]
+    pub fn paused(&self, durable: bool) -> Self {
+        Self {
+            vm: None,
+            consumed: false,
+            proof: None,
+            durable,
+            ..self.now(State::Paused)
+        }
+    }
+
     /// The same sandbox in another state, from now on.
     #[must_use]
     pub fn now(&self, state: State) -> Self {

@@ -9,6 +9,38 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::resource::disk::Disk;
+use crate::restore::{self, RestoreError, Stage};
+use crate::timeline::Phase;
+use crate::vmm::api::ApiError;
+
+/// Whether the vCPUs of a restore that failed have run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ran {
+    /// Certainly not.
+    No,
+    /// They may have.
+    Perhaps,
+}
+
+impl Ran {
+    /// They have not where `vm.restore` was never sent, or was refused.
+    pub(crate) fn judge(error: &RestoreError) -> Self {
+        let refused = matches!(*error.cause, restore::Cause::Api(ApiError::Refused { .. }));
+        match error.stage {
+            Stage::Check | Stage::Plan | Stage::Prepare | Stage::Launch | Stage::Gate => Self::No,
+            Stage::Restore if refused && error.timeline.at(Phase::Resumed).is_none() => Self::No,
+            _ => Self::Perhaps,
+        }
+    }
+}
+
+/// What a resume proves later by: the disk and the memory file as they are before.
+pub(crate) fn prints(disk: Option<&Disk>, memory: Option<&Path>) -> Option<Vec<Print>> {
+    let paths = disk.map(Disk::path).into_iter().chain(memory);
+    paths.map(Print::take).collect()
+}
+
 /// What a file or block device looked like before.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Print {

@@ -63,7 +63,11 @@ fn root_whatever_moment_a_host_is_killed_at_everything_is_adopted_or_reclaimed()
         be_busy_until_killed(&lab, seed, moment);
         let begun = Instant::now();
         let mut census = host.recover(soon()).unwrap();
-        slowest = slowest.max(begun.elapsed());
+        let took = begun.elapsed();
+        if took > Duration::from_secs(1) {
+            println!("round {round}, seed {seed}: recovery took {took:?}: {census:?}");
+        }
+        slowest = slowest.max(took);
         // A process that the dead host had just made holds its locks until it comes to exec.
         while !census.under_way.is_empty() && begun.elapsed() < Duration::from_secs(10) {
             std::thread::sleep(Duration::from_millis(20));

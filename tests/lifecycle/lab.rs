@@ -11,7 +11,7 @@ use rewake::deadline::Deadline;
 use rewake::envd::client::Client as Agent;
 use rewake::fault::Faults;
 use rewake::host::{Host, HostConfig, LaunchOptions, Limits, Sandbox};
-use rewake::ids::TemplateId;
+use rewake::ids::{SandboxId, TemplateId};
 use rewake::resource::disk::{DiskKind, DiskMode};
 use rewake::template::{BuildSpec, Template};
 use rewake::units::Bytes;
@@ -84,6 +84,39 @@ impl Lab {
         host.build(&spec, &mut |_| {}, soon()).unwrap()
     }
 
+    /// The directory of a sandbox.
+    pub(crate) fn sandbox(&self, id: &SandboxId) -> PathBuf {
+        self.root.join("sandboxes").join(id.as_str())
+    }
+
+    /// What a restart of the machine does: no process, namespace, rule or file in memory is
+    /// left, and every journal is of an earlier boot.
+    pub(crate) fn restart(&self) {
+        kill_all(&self.processes());
+        let run = self.net.dir.join("run");
+        while !self.processes().is_empty() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let prefix = self.net.config().prefix;
+        for pin in fs::read_dir(rewake_sys::netns::RUN_DIR).unwrap().flatten() {
+            let name = pin.file_name().into_string().unwrap();
+            if name.starts_with(&format!("{prefix}-")) {
+                netlab::ip(&self.net.host, &format!("netns del {name}"));
+            }
+        }
+        netlab::run(&self.net.host, "nft", &["flush", "ruleset"]);
+        fs::remove_dir_all(&run).unwrap();
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+        let boot = boot.trim();
+        let earlier: String = boot.chars().rev().collect();
+        for entry in fs::read_dir(self.root.join("sandboxes")).unwrap().flatten() {
+            let path = entry.path().join("journal");
+            let text = fs::read_to_string(&path).unwrap();
+            assert!(text.contains(boot), "{}", path.display());
+            fs::write(&path, text.replace(boot, &earlier)).unwrap();
+        }
+    }
+
     /// Everything that sandboxes could leave behind: what the network has, files under root
     /// and runtime directory but for templates, processes of this lab.
     pub(crate) fn census(&self) -> BTreeSet<String> {
@@ -116,11 +149,15 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         // Sandboxes outlive everybody, but not a test that failed.
-        for pid in self.processes() {
-            let pid = i32::try_from(pid).ok();
-            if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
+        kill_all(&self.processes());
+    }
+}
+
+fn kill_all(pids: &[u32]) {
+    for pid in pids {
+        let pid = i32::try_from(*pid).ok();
+        if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
     }
 }

@@ -11,5 +11,6 @@ mod faults;
 mod lab;
 mod many;
 mod real;
+mod reboot;
 mod story;
 mod warm;

@@ -29,7 +29,7 @@ impl View {
     pub(super) fn of(sandbox: Sandbox) -> Result<Self, Error> {
         let story = sandbox.story()?;
         let state = sandbox.state()?;
-        let pid = story.status.vm.as_ref().map(|vm| vm.process.pid);
+        let pid = story.status.vm_now().map(|vm| vm.process.pid);
         let pid = pid.filter(|_| state != State::Lost);
         Ok(Self {
             stranded: sandbox.is_stranded(),
