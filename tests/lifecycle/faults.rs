@@ -133,6 +133,13 @@ impl Trial {
         format!("{how:?} {:?}", lock(&self.nth.struck))
     }
 
+    /// Lets everything succeed again, and says what failed and what came of it.
+    fn case<T: std::fmt::Debug>(&self, name: &str, outcome: &Result<T, Error>) -> String {
+        let step = self.step();
+        lock(&self.nth.how).take();
+        format!("{name} {step}: {:?}", outcome.as_ref().map_err(said))
+    }
+
     fn recover(&self) {
         let census = self.sound.recover(soon()).unwrap();
         assert!(census.is_clean(), "{census:?}");
@@ -202,9 +209,7 @@ fn root_a_pause_that_fails_anywhere_leaves_a_running_or_a_paused_sandbox() {
     let tried = trial.each(|name| {
         let mut sandbox = trial.faulty.sandbox(&id).unwrap();
         let outcome = sandbox.pause();
-        let step = trial.step();
-        lock(&trial.nth.how).take();
-        let case = format!("{name} {step}: {:?}", outcome.as_ref().map_err(said));
+        let case = trial.case(name, &outcome);
         trial.recover();
         memory = settle(&trial.sound, &id, &memory, &case);
     });
@@ -225,9 +230,7 @@ fn root_a_resume_that_fails_anywhere_leaves_a_paused_sandbox_or_says_it_is_lost(
     let id = sandbox.id().clone();
     let tried = trial.each(|name| {
         let outcome = trial.faulty.resume(&id, ResumeOptions::default());
-        let step = trial.step();
-        lock(&trial.nth.how).take();
-        let case = format!("{name} {step}: {:?}", outcome.as_ref().map_err(said));
+        let case = trial.case(name, &outcome);
         trial.recover();
         memory = settle(&trial.sound, &id, &memory, &case);
         trial.sound.sandbox(&id).unwrap().pause().unwrap();
@@ -252,9 +255,7 @@ fn root_a_snapshot_that_fails_anywhere_leaves_a_running_sandbox_and_no_half_temp
         let outcome = trial
             .faulty
             .snapshot(&mut sandbox, &warm, soon(), &mut |_| {});
-        let step = trial.step();
-        lock(&trial.nth.how).take();
-        let case = format!("{name} {step}: {:?}", outcome.as_ref().map_err(said));
+        let case = trial.case(name, &outcome);
         trial.recover();
         memory = settle(&trial.sound, &id, &memory, &case);
         // Whole or not there at all.
@@ -287,9 +288,7 @@ fn root_a_destroy_that_fails_anywhere_can_be_repeated() {
         trial.sound.launch(&template, options).unwrap();
         *lock(&trial.nth.how) = how;
         let outcome = trial.faulty.destroy(&id, soon());
-        let step = trial.step();
-        lock(&trial.nth.how).take();
-        let case = format!("{name} {step}: {:?}", outcome.as_ref().map_err(said));
+        let case = trial.case(name, &outcome);
         if trial.lab.census() != before {
             let error = outcome.expect_err(&case);
             assert!(!error.leftovers.is_empty(), "{case}");
