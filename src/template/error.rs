@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use super::cpu::OtherCpu;
 use super::digest::Sha256Hex;
 use super::manifest::ManifestError;
-use crate::fault::Faults;
+use crate::fault::{FailedCall, Faults};
 use crate::ids::TemplateId;
 use crate::resource::disk::DiskError;
 use crate::snapshot::{ReserveError, SnapshotError};
@@ -256,15 +256,9 @@ pub(super) fn call<T>(
     step: impl Into<String>,
     call: impl FnOnce() -> Result<T, CallError>,
 ) -> Result<T, TemplateError> {
-    let step = step.into();
-    let injected = |errno: Errno| CallError::new("injected", errno);
-    let run = || {
-        faults.before(&step).map_err(injected)?;
-        let outcome = call()?;
-        faults.after(&step).map_err(injected)?;
-        Ok(outcome)
-    };
-    run().map_err(|source| TemplateError::Call { step, source })
+    faults
+        .syscall(step, call)
+        .map_err(|FailedCall { step, source }| TemplateError::Call { step, source })
 }
 
 /// A step about a path.

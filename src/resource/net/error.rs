@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use rewake_sys::CallError;
 
 use super::{AddressError, Ipv4Range, NetStep};
-use crate::fault::FailedCall;
+use crate::fault::{FailedCall, Faults};
 use crate::ids::SlotIndex;
 use crate::resource::ledger::{Leftover, Remains};
 use crate::resource::slot::SlotError;
@@ -94,4 +94,13 @@ pub struct SlotFailure {
     pub source: NetError,
     /// What could not be undone.
     pub leftovers: Vec<NetLeftover>,
+}
+
+/// Runs one system call under its step name.
+pub(super) fn call<T>(
+    faults: &Faults,
+    step: impl Into<String>,
+    call: impl FnOnce() -> Result<T, CallError>,
+) -> Result<T, NetError> {
+    faults.syscall(step, call).map_err(NetError::from)
 }

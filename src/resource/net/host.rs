@@ -4,7 +4,6 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rewake_sys::CallError;
 use rewake_sys::netns;
 use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_route::RouteNetlinkMessage;
@@ -356,15 +355,6 @@ impl HostNet {
             }
         }
     }
-}
-
-/// Runs one system call under its step name.
-pub(super) fn call<T>(
-    faults: &Faults,
-    step: impl Into<String>,
-    call: impl FnOnce() -> Result<T, CallError>,
-) -> Result<T, NetError> {
-    faults.syscall(step, call).map_err(NetError::from)
 }
 
 /// The interface a route leads out of; 0 where it names several or none.

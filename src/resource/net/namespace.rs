@@ -12,8 +12,7 @@ use rewake_sys::tun::{Tap, TapOptions};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 
-use super::error::NetError;
-use super::host::call;
+use super::error::{NetError, call};
 use super::{NetConfig, NetStep};
 use crate::fault::Faults;
 
