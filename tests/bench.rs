@@ -215,6 +215,232 @@ fn root_a_life_is_measured_from_its_launch_to_its_end() {
     assert_eq!(samples.len(), 2 * 2 * stations.len());
 }
 
+/// Each operation by itself, in every memory mode that it can have, several at once, and from
+/// snapshots that are young or were dropped from the page cache.
+#[test]
+fn root_every_operation_is_measured_by_itself_beside_its_rivals() {
+    let test = "root_every_operation_is_measured_by_itself_beside_its_rivals";
+    let Some(scratch) = Scratch::new(test) else {
+        return;
+    };
+    let arguments = [
+        "--operation=resume,pause,destroy",
+        "--memory-mode=shared,map",
+        "--against=conventional,floor",
+        "--concurrency=1,2",
+        "--iterations=2",
+        "--warm-up=0",
+        "--ram=32",
+        "--disk=copy",
+    ];
+    let samples = scratch.samples("samples", &arguments);
+    let of = |operation: &str, arm: &str, mode: &str| {
+        let wanted = [operation, arm, mode];
+        let fits = |it: &&Value| {
+            let found = ["operation", "arm", "memory_mode"].map(|key| it[key].as_str());
+            found == wanted.map(Some)
+        };
+        samples.iter().filter(fits).collect::<Vec<_>>()
+    };
+    let per_variant = 2 * (1 + 2);
+    for operation in ["resume", "pause", "destroy"] {
+        for arm in ["rewake", "floor"] {
+            for mode in ["shared", "map"] {
+                let found = of(operation, arm, mode);
+                assert_eq!(found.len(), per_variant, "{operation} {arm} {mode}");
+            }
+        }
+        let mode = if operation == "resume" {
+            "on-demand"
+        } else {
+            "copy"
+        };
+        let found = of(operation, "conventional", mode);
+        assert_eq!(found.len(), per_variant, "{operation} conventional");
+    }
+    assert_eq!(samples.len(), 3 * 5 * per_variant, "and no others");
+    for sample in &samples {
+        let ms = sample["ms"].as_f64().unwrap_or_else(|| panic!("{sample}"));
+        assert!(ms > 0.0 && sample["pools"] == false, "{sample}");
+    }
+    // The floor does less than we do, and what we do has our phases.
+    for (operation, phase) in [
+        ("resume", "init_done"),
+        ("pause", "snapshot_written"),
+        ("destroy", "undone"),
+    ] {
+        for sample in of(operation, "rewake", "shared") {
+            assert!(sample["phases"][phase].is_f64(), "{phase}: {sample}");
+        }
+    }
+}
+
+#[test]
+fn root_an_operation_that_breaks_is_a_failure_in_every_arm() {
+    let test = "root_an_operation_that_breaks_is_a_failure_in_every_arm";
+    let Some(scratch) = Scratch::new(test) else {
+        return;
+    };
+    // From the third process on, none writes a snapshot: the templates are made by then.
+    let counter = scratch.path("counter");
+    let first = format!(
+        "n=$(cat {0} 2>/dev/null || echo 0); echo $((n+1)) > {0}\n\
+         if [ $n -gt 1 ]; then more=\"--sim fault=on-snapshot:error\"; fi",
+        counter.display()
+    );
+    let vmm = scratch.wrapper("vmm", &first);
+    let out = scratch.path("samples");
+    let output = scratch.bench(&[
+        "--stand-in",
+        "--operation=pause",
+        "--iterations=2",
+        "--warm-up=0",
+        "--disk=none",
+        "--against=conventional,floor",
+        "--vmm",
+        &vmm,
+        "--out",
+        out.to_str().unwrap(),
+    ]);
+    assert_eq!(output.status.code(), Some(1), "{}", words(&output));
+    for sample in lines(&out) {
+        assert!(sample["ms"].is_null(), "{sample}");
+        let error = sample["error"].as_str().unwrap();
+        assert!(error.contains("snapshot"), "{sample}");
+    }
+    scratch.assert_nothing_left();
+}
+
+#[test]
+fn root_a_snapshot_grows_old_before_it_is_restored() {
+    let test = "root_a_snapshot_grows_old_before_it_is_restored";
+    let Some(scratch) = Scratch::new(test) else {
+        return;
+    };
+    let arguments = [
+        "--operation=launch,resume",
+        "--age=0,1",
+        "--page-cache=warm,cold",
+        "--pools=off",
+        "--iterations=1",
+        "--warm-up=0",
+        "--ram=32",
+        "--disk=none",
+        "--memory-mode=map",
+    ];
+    let begun = std::time::Instant::now();
+    let samples = scratch.samples("samples", &arguments);
+    // Two operations, two page caches: four times somebody waited for a second.
+    assert!(begun.elapsed() >= std::time::Duration::from_secs(4));
+    assert_eq!(samples.len(), 2 * 2 * 2);
+    for age in [0, 1] {
+        let found = samples.iter().filter(|it| it["age_s"] == age);
+        assert_eq!(found.count(), 4, "{samples:?}");
+    }
+    assert!(samples.iter().all(|it| it["ms"].is_f64()), "{samples:?}");
+}
+
+#[test]
+fn root_a_template_of_a_host_and_a_bare_snapshot_can_be_measured() {
+    let test = "root_a_template_of_a_host_and_a_bare_snapshot_can_be_measured";
+    let Some(scratch) = Scratch::new(test) else {
+        return;
+    };
+    let (root, kernel, image) = (
+        scratch.path("root"),
+        scratch.path("kernel"),
+        scratch.path("image"),
+    );
+    fs::write(&kernel, "the stand-in does not read it").unwrap();
+    fs::write(&image, vec![7; 1 << 20]).unwrap();
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let run = scratch.path("run");
+    // In a network of its own.
+    let built = Command::new("unshare")
+        .args([
+            "-n",
+            REWAKE,
+            "template",
+            "build",
+            "mine",
+            "--memory-mib",
+            "32",
+            "--stand-in",
+        ])
+        .args(["--kernel", &text(&kernel), "--rootfs", &text(&image)])
+        .args(["--root", &text(&root), "--runtime-dir", &text(&run)])
+        .output()
+        .unwrap();
+    assert!(built.status.success(), "{}", words(&built));
+    let arguments = [
+        "--operation=launch,resume,pause",
+        "--against=conventional,floor",
+        "--memory-mode=map",
+        "--iterations=1",
+        "--warm-up=0",
+        "--disk=copy",
+    ];
+    let named = ["--template=mine", "--root", &text(&root)];
+    let samples = scratch.samples("named", &[&arguments[..], &named].concat());
+    // Ours also warm where it is launched.
+    assert_eq!(samples.len(), 4 + 3 + 3);
+    for sample in &samples {
+        assert_eq!(
+            (&sample["template"], &sample["ram_mib"]),
+            (&"mine".into(), &32.into())
+        );
+        assert!(sample["ms"].is_f64(), "{sample}");
+    }
+    let unchanged = |name: &str| fs::read(root.join("templates/mine").join(name)).unwrap();
+    let memory = unchanged("memory");
+    let dir = format!("--template={}", text(&root.join("templates/mine")));
+    let samples = scratch.samples("placed", &[&arguments[..], &[&dir]].concat());
+    assert!(samples.iter().all(|it| it["template"] == "mine"));
+    assert!(
+        memory == unchanged("memory"),
+        "nobody wrote to the template"
+    );
+    // The same files without a manifest are a snapshot of anybody's.
+    let bare = scratch.path("bare");
+    fs::create_dir(&bare).unwrap();
+    for name in ["config.json", "state.json"] {
+        fs::copy(root.join("templates/mine").join(name), bare.join(name)).unwrap();
+    }
+    let output = scratch.bench(&["--stand-in", "--template", &text(&bare), "--iterations=1"]);
+    assert_eq!(
+        output.status.code(),
+        Some(1),
+        "without memory: {}",
+        words(&output)
+    );
+    let missing = scratch.bench(&["--stand-in", "--template=none", "--root", &text(&root)]);
+    assert!(words(&missing).contains("none"), "{}", words(&missing));
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused_before_anything_is_made() {
+    let bench = |arguments: &[&str]| {
+        let output = Command::new(REWAKE).arg("bench").args(arguments).output();
+        output.unwrap()
+    };
+    for (arguments, says) in [
+        (
+            &["--memory-mode=shared"][..],
+            "launch cannot have shared memory",
+        ),
+        (&["--operation=life,pause"], "run them alone"),
+        (&["--operation=life", "--age=3"], "leave these out"),
+        (&["--template=x", "--age=3"], "is as old as it is"),
+    ] {
+        let output = bench(&[&["--stand-in"], arguments].concat());
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        let text = words(&output);
+        assert!(text.contains(says), "{arguments:?}: {text}");
+    }
+    let output = bench(&["--template=x", "--ram=32"]);
+    assert_eq!(output.status.code(), Some(2), "{}", words(&output));
+}
+
 #[test]
 fn root_a_program_that_was_slowed_is_reported_as_slower() {
     let test = "root_a_program_that_was_slowed_is_reported_as_slower";
@@ -294,7 +520,7 @@ fn root_a_restore_that_breaks_is_a_failure_and_not_a_fast_time() {
     let output = scratch.bench(&[&arguments[..5], &[&vmm, "--stand-in"]].concat());
     assert_eq!(output.status.code(), Some(1), "{}", words(&output));
     assert!(
-        words(&output).contains("All 6 launches failed"),
+        words(&output).contains("All 6 failed"),
         "{}",
         words(&output)
     );

@@ -18,6 +18,17 @@ pub(in crate::cli) struct CompareArgs {
     after: PathBuf,
 }
 
+const HEADER: [&str; 8] = [
+    "variant",
+    "n",
+    "before ms",
+    "after ms",
+    "ratio",
+    "99 % of it",
+    "p",
+    "verdict",
+];
+
 /// What became of one variant.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 #[serde(rename_all = "snake_case", tag = "verdict")]
@@ -64,18 +75,8 @@ pub(super) fn run(args: &CompareArgs, global: Global) -> Result<(), Failure> {
     }
     println!("before: {}", before[0].machine.line());
     println!("after:  {}", after[0].machine.line());
-    let header = [
-        "variant",
-        "n",
-        "before ms",
-        "after ms",
-        "ratio",
-        "99 % of it",
-        "p",
-        "verdict",
-    ];
     let rows: Vec<_> = verdicts.iter().map(|it| row(&it.0, &it.1)).collect();
-    report::table(&header, &rows)
+    report::table(&HEADER, &rows)
 }
 
 /// Every variant of either run, and what became of it.
@@ -131,37 +132,20 @@ fn judge(before: &(Vec<f64>, usize), after: &(Vec<f64>, usize)) -> Verdict {
 }
 
 fn row(variant: &Variant, verdict: &Verdict) -> Vec<String> {
-    let dash = || "-".to_owned();
+    let without_numbers = |word: String| {
+        let mut row = vec![variant.name()];
+        row.resize(HEADER.len() - 1, "-".to_owned());
+        row.push(word);
+        row
+    };
     let (numbers, word) = match verdict {
         Verdict::Slower(numbers) => (numbers, "SLOWER"),
         Verdict::Faster(numbers) => (numbers, "faster"),
         Verdict::Unchanged(numbers) => (numbers, "unchanged"),
         Verdict::Failing { before, after } => {
-            let mut row = vec![
-                variant.name(),
-                dash(),
-                dash(),
-                dash(),
-                dash(),
-                dash(),
-                dash(),
-            ];
-            row.push(format!("FAILING: {after} times, before {before}"));
-            return row;
+            return without_numbers(format!("FAILING: {after} times, before {before}"));
         }
-        Verdict::Unknown => {
-            let mut row = vec![
-                variant.name(),
-                dash(),
-                dash(),
-                dash(),
-                dash(),
-                dash(),
-                dash(),
-            ];
-            row.push("too few samples".to_owned());
-            return row;
-        }
+        Verdict::Unknown => return without_numbers("too few samples".to_owned()),
     };
     let Numbers {
         before,

@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use super::plot::{Axis, Bar, Dash, Plot, Series, bars, escape, legend};
-use super::record::{Line, STAND_IN, Sample, Variant, by_variant, times};
+use super::record::{Circumstances, Line, STAND_IN, Sample, Variant, by_variant, times};
+use super::run::SAYS;
 use super::stats::sorted;
 use super::table::{Row, rows};
 use crate::cli::report::WriteError;
@@ -58,7 +59,7 @@ fn document(lines: &[Line]) -> String {
         return String::new();
     };
     let machine = &first.machine;
-    let title = "rewake bench: until a guest has answered";
+    let title = "rewake bench";
     let mut page = format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
@@ -121,6 +122,19 @@ fn colour(series: &str) -> usize {
     }
 }
 
+fn caption(place: &Circumstances) -> String {
+    let (operation, template, ram, concurrency, cache, age) = place;
+    let of = template
+        .as_ref()
+        .map_or_else(String::new, |it| format!(" of {it}"));
+    let cached = if cache == "warm" { "is" } else { "is not" };
+    let age = age.map_or_else(String::new, |age| format!(" and had lain for {age} s"));
+    format!(
+        "{operation}{of}, {ram} MiB, {concurrency} at once, the snapshot {cached} in the page \
+         cache{age}: fraction that was done within a time (logarithmic)"
+    )
+}
+
 fn section(page: &mut String, heading: &str) {
     // Writing into a String cannot fail.
     let _ = writeln!(page, "<h2>{}</h2>", escape(heading));
@@ -128,7 +142,7 @@ fn section(page: &mut String, heading: &str) {
 
 impl Context<'_> {
     fn table(&self, page: &mut String) {
-        section(page, "Milliseconds until the agent has taken /init");
+        section(page, SAYS);
         page.push_str("<div class=\"scroll\"><table><tr>");
         for name in [
             "",
@@ -180,13 +194,9 @@ impl Context<'_> {
     /// One plot for each set of circumstances, a line for each who went through them.
     fn distributions(&self, page: &mut String) {
         section(page, "How the times are distributed");
-        let mut places: Vec<(u64, usize, &str)> = Vec::new();
+        let mut places: Vec<Circumstances> = Vec::new();
         for (variant, _) in &self.groups {
-            let place = (
-                variant.ram_mib,
-                variant.concurrency,
-                variant.page_cache.as_str(),
-            );
+            let place = variant.circumstances();
             if !places.contains(&place) {
                 places.push(place);
             }
@@ -195,7 +205,7 @@ impl Context<'_> {
             let here = self
                 .groups
                 .iter()
-                .filter(|(it, _)| (it.ram_mib, it.concurrency, it.page_cache.as_str()) == place);
+                .filter(|(it, _)| it.circumstances() == place);
             let series: Vec<Series> = here
                 .filter_map(|(variant, samples)| {
                     let times = sorted(&times(samples));
@@ -215,12 +225,7 @@ impl Context<'_> {
                     })
                 })
                 .collect();
-            let (ram, concurrency, cache) = place;
-            let caption = format!(
-                "{ram} MiB, {concurrency} at once, template {} in the page cache: fraction of \
-                 guests that were ready within a time (logarithmic)",
-                if cache == "warm" { "is" } else { "is not" }
-            );
+            let caption = caption(&place);
             self.plot(
                 page,
                 &series,
@@ -229,6 +234,13 @@ impl Context<'_> {
                 &caption,
             );
         }
+    }
+
+    /// Whether several operations were measured.
+    fn is_mixed(&self) -> bool {
+        let first = self.rows.first().map(|row| &row.variant.operation);
+        let others = self.rows.iter().map(|row| Some(&row.variant.operation));
+        others.into_iter().any(|it| it != first)
     }
 
     fn phases(&self, page: &mut String) {
@@ -308,8 +320,14 @@ impl Context<'_> {
                     };
                     Some((dimension(&row.variant), value))
                 });
+                let operation = if self.is_mixed() {
+                    format!("{} ", family.operation)
+                } else {
+                    String::new()
+                };
+                let who = format!("{operation}{} {}", family.series(), family.memory_mode);
                 series.push(Series {
-                    name: format!("{} {} {name}", family.series(), family.memory_mode),
+                    name: format!("{who} {name}"),
                     colour: colour(family.series()),
                     dash,
                     points: points.collect(),

@@ -5,10 +5,14 @@
 //! has no time and is counted. Variants take turns in an order that is shuffled anew for
 //! every round, from a seed that is told.
 
+mod apart;
 mod arms;
+mod chosen;
 mod compare;
+mod house;
 mod html;
 mod life;
+mod matrix;
 mod plot;
 mod record;
 mod run;
@@ -30,11 +34,12 @@ use arms::Rival;
 pub(super) struct BenchArgs {
     #[command(subcommand)]
     command: Option<BenchCommand>,
-    /// What is done
-    #[arg(long, value_enum, default_value_t = Operation::Launch)]
-    operation: Operation,
-    /// How memory comes back, one variant each
-    #[arg(long, value_enum, value_delimiter = ',', default_values = ["map"])]
+    /// What is done; one variant each, in one run
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["launch"])]
+    operation: Vec<Operation>,
+    /// How memory comes back, or came back before a pause or an end; one variant each
+    /// [default: map for launch, else shared]
+    #[arg(long, value_enum, value_delimiter = ',')]
     memory_mode: Vec<Memory>,
     /// What disk each guest gets
     #[arg(long, value_enum, default_value_t = DiskChoice::Auto)]
@@ -43,12 +48,29 @@ pub(super) struct BenchArgs {
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["off", "on"])]
     pools: Vec<Switch>,
     /// Memory of the guest in MiB, one variant each
-    #[arg(long, value_name = "MIB", value_delimiter = ',', default_values = ["128"])]
+    #[arg(
+        long,
+        value_name = "MIB",
+        value_delimiter = ',',
+        default_values = ["128"],
+        conflicts_with = "template"
+    )]
     ram: Vec<u64>,
+    /// Where guests come from: a template of the host under --root, or a directory with a
+    /// snapshot [default: the probe guest, frozen for the run]
+    #[arg(long, value_name = "DIR|NAME")]
+    template: Option<String>,
+    /// Where the templates of a host live
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/rewake")]
+    root: PathBuf,
+    /// How long a snapshot lies before a guest is brought back from it: at 0 what was written
+    /// may not be on the disk yet; one variant each
+    #[arg(long, value_name = "SECONDS", value_delimiter = ',')]
+    age: Vec<u64>,
     /// How many guests at once, one variant each
     #[arg(long, value_name = "N", value_delimiter = ',', default_values = ["1"])]
     concurrency: Vec<usize>,
-    /// Whether the template's files are in the page cache, one variant each
+    /// Whether the snapshot's files are in the page cache, one variant each
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["warm"])]
     page_cache: Vec<Cache>,
     /// Rounds: every variant once in each
@@ -105,17 +127,31 @@ struct ReportArgs {
 enum Operation {
     /// Guests are launched from a template
     Launch,
+    /// Each guest is brought back from a snapshot of its own
+    Resume,
+    /// Each guest is frozen into a snapshot, and its VM ends
+    Pause,
+    /// Each guest ends, and all that was made for it is removed
+    Destroy,
     /// Each guest is launched, paused, resumed, paused and resumed again, and destroyed, one
     /// after the other; memory modes and pools are chosen as a host chooses them
     Life,
 }
 
 impl Operation {
-    const fn says(self) -> &'static str {
+    const fn name(self) -> &'static str {
         match self {
-            Self::Launch => "Milliseconds until the guest agent has taken /init",
-            Self::Life => "Milliseconds; launch and resume until the agent has taken /init",
+            Self::Launch => "launch",
+            Self::Resume => "resume",
+            Self::Pause => "pause",
+            Self::Destroy => "destroy",
+            Self::Life => "life",
         }
+    }
+
+    /// Whether Cloud Hypervisor writes snapshots on the way.
+    const fn writes(self) -> bool {
+        matches!(self, Self::Resume | Self::Pause | Self::Life)
     }
 }
 
@@ -142,6 +178,8 @@ impl Cache {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Memory {
+    /// The sandbox's own memory file is mapped, and written to: not for launches
+    Shared,
     /// The memory file is mapped copy-on-write
     Map,
     /// All of it is read first
@@ -153,6 +191,7 @@ enum Memory {
 impl From<Memory> for MemoryMode {
     fn from(memory: Memory) -> Self {
         match memory {
+            Memory::Shared => Self::Shared,
             Memory::Map => Self::Map,
             Memory::Copy => Self::Copy,
             Memory::OnDemand => Self::OnDemand,

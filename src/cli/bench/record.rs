@@ -98,7 +98,8 @@ fn commit() -> Option<String> {
 /// What was varied.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) struct Variant {
-    /// `launch`, `resume`, `pause`, `destroy`.
+    /// `launch`, `resume`, `pause`, `destroy`; in whole lives also `pause-first` and
+    /// `resume-first`.
     pub(super) operation: String,
     /// Who does it: `rewake`, `floor`, `conventional`.
     pub(super) arm: String,
@@ -108,9 +109,18 @@ pub(super) struct Variant {
     pub(super) disk: String,
     pub(super) ram_mib: u64,
     pub(super) concurrency: usize,
-    /// `warm` or `cold`: whether the template's files were in the page cache.
+    /// `warm` or `cold`: whether the snapshot's files were in the page cache.
     pub(super) page_cache: String,
+    /// How long the snapshot had lain, in seconds; absent where nobody waited for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) age_s: Option<u64>,
+    /// The template that was chosen; absent: the probe guest's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) template: Option<String>,
 }
+
+/// Operation, template, memory, guests at once, page cache, age.
+pub(super) type Circumstances = (String, Option<String>, u64, usize, String, Option<u64>);
 
 impl Variant {
     /// A name for tables, and for finding the same variant in another file.
@@ -128,7 +138,25 @@ impl Variant {
         if self.page_cache == "cold" {
             name.push_str(" cold-cache");
         }
+        if let Some(age) = self.age_s {
+            name.push_str(&format!(" after {age} s"));
+        }
+        if let Some(template) = &self.template {
+            name.push_str(&format!(" of {template}"));
+        }
         name
+    }
+
+    /// What is the same for everybody who is compared.
+    pub(super) fn circumstances(&self) -> Circumstances {
+        (
+            self.operation.clone(),
+            self.template.clone(),
+            self.ram_mib,
+            self.concurrency,
+            self.page_cache.clone(),
+            self.age_s,
+        )
     }
 
     /// The arm, and for rewake whether its pools were used.
@@ -142,7 +170,7 @@ impl Variant {
 }
 
 /// One operation on one sandbox.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Sample {
     pub(super) iteration: usize,
     /// Milliseconds from the call until it was done; absent where it failed.
@@ -261,6 +289,8 @@ pub(super) mod tests {
                 ram_mib: 128,
                 concurrency: 1,
                 page_cache: "warm".into(),
+                age_s: None,
+                template: None,
             },
             sample: Sample {
                 iteration,

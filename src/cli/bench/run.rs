@@ -7,43 +7,41 @@ use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use rewake::deadline::Deadline;
-use rewake::resource::disk::DiskMode;
+use rewake::plan::MemoryMode;
 use rewake::restore::kit::{KitPool, KitPoolOptions, Places};
+use rewake::template::Template as HostTemplate;
 use rewake::timeline::Timeline;
 use rewake::trace::Trace;
 
+use super::apart::{self, Place};
 use super::arms::{Arm, Job, Launched, millis, ours};
-use super::record::{self, Line, Machine, Sample, Variant};
+use super::house::House;
+use super::matrix::{self, Entry};
+use super::record::{self, Line, Machine, Sample};
 use super::stage::{Actor, Stage, Template};
 use super::stats::Random;
-use super::{BenchArgs, Cache, Operation, Switch, html, life, table};
+use super::{BenchArgs, Cache, Operation, Switch, chosen, html, life, table};
 use crate::cli::report::{self, WriteError};
 use crate::cli::{Failure, Global};
 
+/// What the times are.
+pub(super) const SAYS: &str =
+    "Milliseconds; launch and resume until the agent has taken /init, all else until it is done";
 /// How long a pool may take to fill.
 const FILL_BUDGET: Duration = Duration::from_secs(120);
 
 /// Undoing has left something behind, or could not be done.
 #[derive(Debug, thiserror::Error)]
 #[error("Left over: {0}")]
-struct LeftOver(String);
+pub(super) struct LeftOver(pub(super) String);
 
 /// Nothing was measured.
 #[derive(Debug, thiserror::Error)]
-#[error("All {0} launches failed; the first one: {1}")]
+#[error("All {0} failed; the first one: {1}")]
 struct AllFailed(usize, String);
 
-/// What takes turns.
-struct Entry {
-    arm: Arm,
-    variant: Variant,
-    /// Index among the templates.
-    template: usize,
-    job: (rewake::plan::MemoryMode, DiskMode),
-    cache: Cache,
-}
-
 pub(super) fn run(args: &BenchArgs, global: Global) -> Result<(), Failure> {
+    matrix::check(args)?;
     let actor = Actor::choose(args)?;
     // Said before anything is measured: who looks on shall not take it for the real thing.
     if actor.stand_in && !global.json {
@@ -53,9 +51,10 @@ pub(super) fn run(args: &BenchArgs, global: Global) -> Result<(), Failure> {
         println!("This rewake is a debug build: its times say little.");
     }
     let stage = Stage::set(actor)?;
-    let measured = match args.operation {
-        Operation::Launch => measure(args, global, &stage),
-        Operation::Life => life::measure(args, global, &stage),
+    let measured = if args.operation == [Operation::Life] {
+        life::measure(args, global, &stage)
+    } else {
+        measure(args, global, &stage)
     };
     let left = stage.strike();
     let lines = measured?;
@@ -65,25 +64,73 @@ pub(super) fn run(args: &BenchArgs, global: Global) -> Result<(), Failure> {
     tell(args, global, &lines)
 }
 
+/// What the turns of one run share.
+struct Scene<'a> {
+    stage: &'a Stage,
+    templates: Vec<Template>,
+    /// For what begins with a sandbox: a host, and its template for each of those above.
+    house: Option<(&'a House, Vec<HostTemplate>)>,
+    kits: Option<KitPool>,
+}
+
 fn measure(args: &BenchArgs, global: Global, stage: &Stage) -> Result<Vec<Line>, Failure> {
+    let apart = args.operation.iter().any(|it| *it != Operation::Launch);
+    let house = apart.then(|| House::open(stage, args.disk.mode()));
+    let house = house.transpose()?;
+    let lines = set(args, stage, house.as_ref()).and_then(|scene| {
+        let lines = rounds(args, global, &scene);
+        if let Some(kits) = scene.kits {
+            say_cost(&kits, global);
+            let left = kits.close(Deadline::after(FILL_BUDGET));
+            if !left.is_empty() {
+                return Err(LeftOver(left.join(", ")).into());
+            }
+        }
+        lines
+    });
+    if let Some(house) = house {
+        house.close(stage);
+    }
+    lines
+}
+
+/// Makes templates and pools.
+fn set<'a>(
+    args: &BenchArgs,
+    stage: &'a Stage,
+    house: Option<&'a House>,
+) -> Result<Scene<'a>, Failure> {
     let disk = args.disk.mode();
-    let templates = args
-        .ram
-        .iter()
-        .map(|ram| stage.template(*ram, disk.is_some()));
-    let templates: Vec<Template> = templates.collect::<Result<_, _>>()?;
-    let mut entries = entries(args, &templates);
-    let target = entries
-        .iter()
-        .filter(|entry| matches!(entry.arm, Arm::Ours { pools: true }))
-        .map(|entry| entry.variant.concurrency)
-        .max();
-    let kits = target.map(|target| kits(stage, target)).transpose()?;
-    let machine = Machine::here(
-        &templates
-            .first()
-            .map_or_else(String::new, |it| it.build.clone()),
-    );
+    let made = |ram: &u64| stage.template(*ram, disk.is_some());
+    let templates: Vec<Template> = match &args.template {
+        Some(name) => vec![chosen::template(args, stage, name)?],
+        None => args.ram.iter().map(made).collect::<Result<_, _>>()?,
+    };
+    let ours = |house: &House| {
+        let templates = templates.iter().map(|template| match &template.chosen {
+            Some(chosen) => Ok(chosen.clone()),
+            None => house.template(stage, template.ram_mib, disk),
+        });
+        templates.collect::<Result<Vec<_>, Failure>>()
+    };
+    let house = match house {
+        Some(house) => Some((house, ours(house)?)),
+        None => None,
+    };
+    let warm = args.operation.contains(&Operation::Launch) && args.pools.contains(&Switch::On);
+    let most = args.concurrency.iter().max().copied().unwrap_or(1);
+    Ok(Scene {
+        stage,
+        house,
+        kits: warm.then(|| kits(stage, most)).transpose()?,
+        templates,
+    })
+}
+
+fn rounds(args: &BenchArgs, global: Global, scene: &Scene<'_>) -> Result<Vec<Line>, Failure> {
+    let mut entries = matrix::entries(args, &scene.templates);
+    let build = scene.templates.first().map(|it| it.build.as_str());
+    let machine = Machine::here(build.unwrap_or_default());
     let mut out = args.out.as_ref().map(create).transpose()?;
     let mut random = Random::new(args.seed);
     let mut live = table::Live::new(global.json);
@@ -100,7 +147,7 @@ fn measure(args: &BenchArgs, global: Global, stage: &Stage) -> Result<Vec<Line>,
                 machine.is_stand_in(),
                 &lines,
             );
-            let batch = batch(stage, &templates[entry.template], kits.as_ref(), entry)?;
+            let batch = turn_of(scene, entry)?;
             let Some(iteration) = round.checked_sub(args.warm_up) else {
                 continue;
             };
@@ -128,14 +175,38 @@ fn measure(args: &BenchArgs, global: Global, stage: &Stage) -> Result<Vec<Line>,
     if let Some(path) = &args.trace {
         report::trace(path, trace(&machine, traces))?;
     }
+    Ok(lines)
+}
+
+/// One turn of one variant.
+fn turn_of(scene: &Scene<'_>, entry: &Entry) -> Result<Vec<Outcome>, Failure> {
+    let Scene {
+        stage,
+        templates,
+        house,
+        kits,
+    } = scene;
     if let Some(kits) = kits {
-        say_cost(&kits, global);
-        let left = kits.close(Deadline::after(FILL_BUDGET));
-        if !left.is_empty() {
-            return Err(LeftOver(left.join(", ")).into());
+        // Also before the turns of others: nobody shall be measured beside a filling pool.
+        if !kits.wait_settled(Deadline::after(FILL_BUDGET)) {
+            return Err(LeftOver("a pool that does not fill".to_owned()).into());
         }
     }
-    Ok(lines)
+    let template = &templates[entry.template];
+    match (entry.operation, house) {
+        (Operation::Launch, _) => launches(stage, template, kits.as_ref(), entry),
+        (_, Some((house, ours))) => {
+            let place = Place {
+                stage,
+                house,
+                plain: template,
+                template: &ours[entry.template],
+            };
+            apart::batch(place, entry)
+        }
+        // Invariant: a host was opened for every other operation.
+        (_, None) => unreachable!("no host"),
+    }
 }
 
 fn trace(machine: &Machine, mut timelines: Vec<(String, Timeline)>) -> Trace {
@@ -158,62 +229,15 @@ fn create(path: &std::path::PathBuf) -> Result<BufWriter<File>, WriteError> {
     Ok(BufWriter::new(file))
 }
 
-/// Every combination that was asked for. Variants come in the order in which they make a
-/// readable table.
-fn entries(args: &BenchArgs, templates: &[Template]) -> Vec<Entry> {
-    let mut arms: Vec<Arm> = args
-        .against
-        .iter()
-        .map(|rival| Arm::Rival(*rival))
-        .collect();
-    arms.sort_by_key(|arm| arm.name() != "floor");
-    let pools = |switch: &Switch| Arm::Ours {
-        pools: *switch == Switch::On,
-    };
-    let place = arms.iter().take_while(|arm| arm.name() == "floor").count();
-    arms.splice(place..place, args.pools.iter().map(pools));
-    let mut entries: Vec<Entry> = Vec::new();
-    for (index, template) in templates.iter().enumerate() {
-        for concurrency in &args.concurrency {
-            for cache in &args.page_cache {
-                for memory in &args.memory_mode {
-                    for arm in &arms {
-                        let asked = (*memory).into();
-                        let variant = Variant {
-                            operation: "launch".to_owned(),
-                            arm: arm.name().to_owned(),
-                            pools: matches!(arm, Arm::Ours { pools: true }),
-                            memory_mode: arm.mode(asked).name().to_owned(),
-                            disk: args.disk.name().to_owned(),
-                            ram_mib: template.ram_mib,
-                            concurrency: *concurrency,
-                            page_cache: cache.name().to_owned(),
-                        };
-                        if entries.iter().any(|entry| entry.variant == variant) {
-                            continue;
-                        }
-                        entries.push(Entry {
-                            arm: *arm,
-                            variant,
-                            template: index,
-                            job: (asked, args.disk.mode().unwrap_or(DiskMode::Auto)),
-                            cache: *cache,
-                        });
-                    }
-                }
-            }
-        }
-    }
-    entries
-}
-
-fn kits(stage: &Stage, target: usize) -> Result<KitPool, Failure> {
+/// Kits for `most` launches at once. There is one more: of a pool that is empty, the next one
+/// is started at once, and nobody shall be measured beside that.
+fn kits(stage: &Stage, most: usize) -> Result<KitPool, Failure> {
     let places = Places::Slots {
         host: Arc::clone(&stage.net),
         pool: None,
     };
     let options = KitPoolOptions {
-        target,
+        target: most + 1,
         ..KitPoolOptions::default()
     };
     Ok(KitPool::start(
@@ -224,62 +248,77 @@ fn kits(stage: &Stage, target: usize) -> Result<KitPool, Failure> {
     )?)
 }
 
-type Outcome = (Sample, Option<Timeline>);
+/// What became of one guest.
+pub(super) type Outcome = (Sample, Option<Timeline>);
 
-/// One turn of one variant: as many guests at once as it says. They are looked at and ended
-/// when the last one has been timed.
-fn batch(
-    stage: &Stage,
-    template: &Template,
-    kits: Option<&KitPool>,
-    entry: &Entry,
-) -> Result<Vec<Outcome>, Failure> {
-    let ours_warm = matches!(entry.arm, Arm::Ours { pools: true });
-    if let Some(kits) = kits {
-        // Also before the turns of others: nobody shall be measured beside a filling pool.
-        if !kits.wait_settled(Deadline::after(FILL_BUDGET)) {
-            return Err(LeftOver("a pool that does not fill".to_owned()).into());
-        }
-    }
-    let job = Job {
-        stage,
-        template,
-        mode: entry.job.0,
-        disk: entry.job.1,
-        kits: kits.filter(|_| ours_warm),
-    };
-    let count = entry.variant.concurrency;
-    let ready = (0..count).map(|_| job.prepare(entry.arm));
-    let ready = ready.collect::<Result<Vec<_>, _>>()?;
-    match entry.cache {
-        Cache::Cold => Stage::chill(template)?,
-        Cache::Warm => {}
-    }
-    let barrier = Barrier::new(count + 1);
-    let (launched, took) = std::thread::scope(|scope| {
-        let threads: Vec<_> = ready
+/// Does something with each of these at the same time, on a thread each; `None` is for one
+/// that panicked. Also, how long all of them took together.
+pub(super) fn at_once<J: Send, T: Send>(
+    jobs: Vec<J>,
+    act: impl Fn(J) -> T + Sync,
+) -> (Vec<Option<T>>, Duration) {
+    let barrier = Barrier::new(jobs.len() + 1);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = jobs
             .into_iter()
-            .map(|ready| {
-                let (job, barrier) = (&job, &barrier);
+            .map(|job| {
+                let (act, barrier) = (&act, &barrier);
                 scope.spawn(move || {
                     barrier.wait();
-                    job.launch(entry.arm, ready)
-                        .map_err(|failure| words(&failure))
+                    act(job)
                 })
             })
             .collect();
         barrier.wait();
         let begun = Instant::now();
-        let launched: Vec<Result<Launched, String>> = threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|_| Err("a panic".to_owned())))
-            .collect();
-        (launched, begun.elapsed())
+        let done = threads.into_iter().map(|thread| thread.join().ok());
+        (done.collect(), begun.elapsed())
+    })
+}
+
+/// As many guests at once as the variant says. They are looked at and ended when the last one
+/// has been timed.
+fn launches(
+    stage: &Stage,
+    template: &Template,
+    kits: Option<&KitPool>,
+    entry: &Entry,
+) -> Result<Vec<Outcome>, Failure> {
+    let fresh = match entry.age {
+        Some(age) => {
+            let fresh = stage.template(template.ram_mib, template.base.is_some())?;
+            apart::wait_until(fresh.since + Duration::from_secs(age));
+            Some(fresh)
+        }
+        None => None,
+    };
+    let template = fresh.as_ref().unwrap_or(template);
+    let job = Job {
+        stage,
+        template,
+        mode: entry.mode,
+        disk: entry.disk,
+        kits: kits.filter(|_| matches!(entry.arm, Arm::Ours { pools: true })),
+        writes: false,
+    };
+    let count = entry.variant.concurrency;
+    let ready = (0..count).map(|_| job.prepare(entry.arm));
+    let ready = ready.collect::<Result<Vec<_>, _>>()?;
+    if entry.cache == Cache::Cold {
+        Stage::chill(&template.snapshot, template.base.as_deref())?;
+    }
+    let (launched, took) = at_once(ready, |ready| {
+        job.launch(entry.arm, ready)
+            .map_err(|failure| words(&failure))
     });
     let batch_ms = (count > 1).then(|| millis(took));
     let mut outcomes = Vec::new();
     for launched in launched {
+        let launched = launched.unwrap_or_else(|| Err("a panic".to_owned()));
         outcomes.push(settle(stage, template, entry, launched, batch_ms)?);
+    }
+    if let Some(fresh) = &fresh {
+        Stage::discard(fresh)?;
     }
     Ok(outcomes)
 }
@@ -293,11 +332,8 @@ fn settle(
     batch_ms: Option<f64>,
 ) -> Result<Outcome, Failure> {
     let mut sample = Sample {
-        iteration: 0,
-        ms: None,
-        phases: Default::default(),
-        error: None,
         batch_ms,
+        ..Sample::default()
     };
     let launched = match launched {
         Ok(launched) => launched,
@@ -307,18 +343,16 @@ fn settle(
         }
     };
     let remembers = stage.check_guest(template, launched.netns.as_fd());
-    let used = launched.memory_mode.map(rewake::plan::MemoryMode::name);
-    let other = used.filter(|used| *used != entry.variant.memory_mode);
-    match (remembers, other) {
-        (Ok(()), None) => {
-            sample.ms = Some(millis(launched.took));
-            sample.phases.clone_from(&launched.phases);
-            // What happens beside or after it is not a part of it.
-            let took = millis(launched.took);
-            sample.phases.retain(|_, at| *at <= took);
-        }
-        (Ok(()), Some(used)) => sample.error = Some(format!("memory mode {used} was used")),
-        (Err(failure), _) => sample.error = Some(words(&failure)),
+    sample.error = match remembers {
+        Ok(()) => judge(entry, Some(launched.memory_mode)),
+        Err(failure) => Some(words(&failure)),
+    };
+    if sample.error.is_none() {
+        let took = millis(launched.took);
+        sample.ms = Some(took);
+        sample.phases.clone_from(&launched.phases);
+        // What happens beside or after it is not a part of it.
+        sample.phases.retain(|_, at| *at <= took);
     }
     let timeline = launched.timeline.clone();
     let left = launched.end(stage);
@@ -326,6 +360,15 @@ fn settle(
         return Ok((sample, timeline));
     }
     Err(LeftOver(left.join(", ")).into())
+}
+
+/// A time in another mode than the variant's says nothing of the variant.
+pub(super) fn judge(entry: &Entry, used: Option<MemoryMode>) -> Option<String> {
+    match used {
+        Some(used) if used == entry.mode => None,
+        Some(used) => Some(format!("memory mode {used} was used")),
+        None => Some("it is not known which memory mode was used".to_owned()),
+    }
 }
 
 /// A failure with all its causes, on one line.
@@ -355,7 +398,7 @@ fn tell(args: &BenchArgs, global: Global, lines: &[Line]) -> Result<(), Failure>
     let Some(first) = lines.first() else {
         return Ok(());
     };
-    if let (Operation::Life, Some(path)) = (args.operation, &args.out) {
+    if let (true, Some(path)) = (args.operation == [Operation::Life], &args.out) {
         let mut out = create(path)?;
         for line in lines {
             record::write(&mut out, line)?;
@@ -366,23 +409,28 @@ fn tell(args: &BenchArgs, global: Global, lines: &[Line]) -> Result<(), Failure>
         html::write(path, lines)?;
     }
     let rows = table::rows(lines);
+    let remarks = matrix::remarks(args);
     if global.json {
         report::json(&serde_json::json!({
             "machine": first.machine,
             "stand_in": first.machine.is_stand_in(),
             "seed": args.seed,
+            "remarks": remarks,
             "variants": rows,
         }))?;
     } else {
         let mut out = io::stdout().lock();
         writeln!(out, "{}", first.machine.line())?;
-        writeln!(out, "{}; seed {}.", args.operation.says(), args.seed)?;
+        writeln!(out, "{SAYS}; seed {}.", args.seed)?;
         for line in table::text(&rows) {
             writeln!(out, "{line}")?;
         }
         writeln!(out)?;
         for line in table::phase_text(&rows) {
             writeln!(out, "{line}")?;
+        }
+        for remark in remarks {
+            writeln!(out, "{remark}")?;
         }
     }
     let errors: Vec<_> = lines

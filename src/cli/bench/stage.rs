@@ -7,7 +7,8 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use rewake::deadline::Deadline;
 use rewake::doctor;
@@ -23,6 +24,7 @@ use rewake::probe_guest;
 use rewake::resource::disk::{DiskConfig, DiskPool};
 use rewake::resource::ledger::{Ledger, Step};
 use rewake::resource::net::{HostNet, IfNameText, NetConfig};
+use rewake::template::Template as HostTemplate;
 use rewake::units::Bytes;
 use rewake::vm_config::{
     BalloonConfig, ConsoleConfig, ConsoleOutputMode, CpusConfig, DiskConfig as VmDisk, MacAddr,
@@ -35,7 +37,7 @@ use rewake_sys::{kvm, netns};
 use rustix::mount::UnmountFlags;
 use serde_json::Value;
 
-use super::{BenchArgs, Operation};
+use super::BenchArgs;
 use crate::cli::{Failure, STAND_IN};
 
 /// The pretend uplink of the pretend host.
@@ -52,6 +54,8 @@ pub(super) enum StageError {
     NoVmm(String),
     #[error("The guest does not remember: {0}")]
     Forgotten(String),
+    #[error("It is not known how its memory came back")]
+    NoMode,
     #[error("{what}")]
     Network {
         what: &'static str,
@@ -112,7 +116,7 @@ impl Actor {
             },
             env,
             stand_in: args.stand_in,
-            writes: args.operation == Operation::Life,
+            writes: args.operation.iter().any(|it| it.writes()),
         })
     }
 
@@ -136,11 +140,20 @@ pub(super) struct Template {
     pub(super) snapshot: PathBuf,
     /// The base image of disks, where guests have one.
     pub(super) base: Option<PathBuf>,
+    /// The disk's path in [`Self::plain`].
+    pub(super) recorded: Option<PathBuf>,
+    /// The same guest with its memory written out by Cloud Hypervisor, as the conventional
+    /// way has it.
+    pub(super) plain: PathBuf,
     pub(super) ram_mib: u64,
     /// What the process that made it calls itself.
     pub(super) build: String,
     /// What only a guest that was restored knows.
-    nonce: String,
+    pub(super) nonce: String,
+    /// Where it was chosen and not made here.
+    pub(super) chosen: Option<HostTemplate>,
+    /// Since when it lies.
+    pub(super) since: Instant,
 }
 
 pub(super) struct Stage {
@@ -221,8 +234,10 @@ impl Stage {
 
     /// Boots a guest of that much memory, freezes it, and ends it.
     pub(super) fn template(&self, ram_mib: u64, disk: bool) -> Result<Template, Failure> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
         let deadline = Deadline::after(BUDGET);
-        let dir = self.dir.join(format!("template-{ram_mib}"));
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let dir = self.dir.join(format!("template-{ram_mib}-{count}"));
         fs::create_dir(&dir)?;
         let base = disk.then(|| dir.join("recorded/rootfs.raw"));
         if let Some(base) = &base {
@@ -238,11 +253,21 @@ impl Stage {
         removed.map_err(network("Cannot remove a network slot"))?;
         Ok(Template {
             snapshot: dir.join("snapshot"),
+            recorded: base.clone(),
             base,
+            plain: dir.join("snapshot"),
             ram_mib,
             build,
             nonce,
+            chosen: None,
+            since: Instant::now(),
         })
+    }
+
+    /// Removes one that was made for a few guests only.
+    pub(super) fn discard(template: &Template) -> io::Result<()> {
+        let dir = template.snapshot.parent();
+        dir.map_or(Ok(()), fs::remove_dir_all)
     }
 
     fn boot_and_freeze(
@@ -341,6 +366,8 @@ impl Stage {
         Ok(Agent::new(self.guest(), incarnation, options))
     }
 
+    /// What a guest has in its memory and nowhere else: the nonce of a probe guest, the boot
+    /// id of a Linux guest.
     pub(super) fn nonce(&self, agent: &Agent, deadline: Deadline) -> Result<String, Failure> {
         let target = if self.actor.stand_in {
             "/sim/state"
@@ -348,6 +375,9 @@ impl Stage {
             "/probe"
         };
         let answer = agent.get_other(target, deadline)?;
+        if answer.status != 200 {
+            return boot_id(agent, deadline);
+        }
         let limits = JsonLimits {
             bytes: 4 << 10,
             depth: 4,
@@ -368,17 +398,13 @@ impl Stage {
         netns: BorrowedFd<'_>,
     ) -> Result<(), Failure> {
         let found = self.nonce(&self.agent(netns)?, Deadline::after(BUDGET))?;
-        if found == template.nonce {
-            return Ok(());
-        }
-        let text = format!("its nonce is {found}, not {}", template.nonce);
-        Err(StageError::Forgotten(text).into())
+        remembers(&found, &template.nonce)
     }
 
-    /// Drops the template's files from the page cache.
-    pub(super) fn chill(template: &Template) -> io::Result<()> {
-        let files = fs::read_dir(&template.snapshot)?.map(|entry| entry.map(|it| it.path()));
-        for path in files.chain(template.base.clone().map(Ok)) {
+    /// Drops the files of a snapshot, and a base image, from the page cache.
+    pub(super) fn chill(snapshot: &Path, base: Option<&Path>) -> io::Result<()> {
+        let files = fs::read_dir(snapshot)?.map(|entry| entry.map(|it| it.path()));
+        for path in files.chain(base.map(|base| Ok(base.to_owned()))) {
             let file = fs::File::open(path?)?;
             // Dirty pages stay.
             file.sync_all()?;
@@ -386,6 +412,29 @@ impl Stage {
         }
         Ok(())
     }
+}
+
+/// Whether two guests are one.
+pub(super) fn remembers(found: &str, expected: &str) -> Result<(), Failure> {
+    if found == expected {
+        return Ok(());
+    }
+    let text = format!("its nonce is {found}, not {expected}");
+    Err(StageError::Forgotten(text).into())
+}
+
+/// The kernel makes it anew at every boot, and shows it in a file, which the agent reads.
+fn boot_id(agent: &Agent, deadline: Deadline) -> Result<String, Failure> {
+    let target = "/files?path=/proc/sys/kernel/random/boot_id&username=root";
+    let answer = agent.get_other(target, deadline)?;
+    let text = String::from_utf8_lossy(&answer.body);
+    let text = text.trim();
+    if answer.status != 200 || text.len() != 36 {
+        let status = answer.status;
+        let text = format!("its agent answered {status} where it was asked for the boot id");
+        return Err(StageError::Forgotten(text).into());
+    }
+    Ok(text.to_owned())
 }
 
 /// A place in memory for what rewake keeps in `/run`. Whoever names a directory for

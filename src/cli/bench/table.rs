@@ -54,16 +54,26 @@ pub(super) fn rows(lines: &[Line]) -> Vec<Row> {
         .collect()
 }
 
-/// The floor, ours, the others; smaller before larger.
-fn order(variant: &Variant) -> (u64, usize, &str, usize, &str) {
+/// By what is done and under which circumstances; there the floor, ours, the others.
+fn order(variant: &Variant) -> impl Ord {
+    let operations = [
+        "launch",
+        "pause-first",
+        "resume-first",
+        "pause",
+        "resume",
+        "destroy",
+    ];
     let places = ["floor", "rewake-warm", "rewake-cold", "conventional"];
-    let place = places.iter().position(|name| *name == variant.series());
+    let rank = |names: &[&str], wanted: &str| {
+        let found = names.iter().position(|name| *name == wanted);
+        found.unwrap_or(names.len())
+    };
     (
-        variant.ram_mib,
-        variant.concurrency,
-        &variant.page_cache,
-        place.unwrap_or(places.len()),
-        &variant.memory_mode,
+        rank(&operations, &variant.operation),
+        variant.circumstances(),
+        rank(&places, variant.series()),
+        variant.memory_mode.clone(),
     )
 }
 
@@ -94,16 +104,22 @@ fn phases(samples: &[&super::record::Sample]) -> Vec<(String, Summary)> {
         .collect()
 }
 
-/// The table as lines of text. Medians are set against the first row's.
+/// The table as lines of text. Medians are set against the first row's under the same
+/// circumstances.
 pub(super) fn text(rows: &[Row]) -> Vec<String> {
-    let reference = rows.iter().find_map(|row| row.total).map(|it| it.p50);
+    let reference = |of: &Variant| {
+        let mut alike = rows
+            .iter()
+            .filter(|row| row.variant.circumstances() == of.circumstances());
+        alike.find_map(|row| row.total).map(|it| it.p50)
+    };
     let mut cells = vec![HEADER.map(str::to_owned).to_vec()];
     cells.extend(rows.iter().map(|row| {
         let number = |value: fn(&Summary) -> f64| {
             let total = row.total.as_ref();
             total.map_or_else(|| "-".to_owned(), |it| format!("{:.3}", value(it)))
         };
-        let relative = row.total.zip(reference);
+        let relative = row.total.zip(reference(&row.variant));
         vec![
             row.name.clone(),
             row.total.map_or(0, |it| it.n).to_string(),

@@ -22,7 +22,7 @@ use rewake::resource::disk::{DiskKind, DiskMode};
 use rewake::vmm::api::{Client, MemoryRestoreMode, RestoreConfig, Version, file_url};
 use rewake_sys::netns;
 
-use super::{BUDGET, Ending, Job, Launched, millis};
+use super::{BUDGET, Ending, Job, Launched, millis, mode_of};
 use crate::cli::Failure;
 use crate::cli::bench::run::words;
 use crate::cli::bench::stage::{Stage, StageError, UPLINK, run_in};
@@ -31,7 +31,7 @@ const SLOT: &str = include_str!("../../../../benches/conventional-slot.sh");
 const DISK: &str = include_str!("../../../../benches/conventional-disk.sh");
 /// The disk appears at its recorded path for this one process.
 const RUN: &str = r#"mount --make-rprivate / &&
-if [ -n "$2" ]; then mount -t tmpfs none "$1" && ln -s "$2" "$1/rootfs.raw"; fi &&
+if [ -n "$2" ]; then mount -t tmpfs none "${1%/*}" && ln -s "$2" "$1"; fi &&
 exec ip netns exec "$3" ${6:+env "$6"} "$4" --api-socket "path=$5""#;
 const PREFIX: &str = "rwb";
 /// Indices that the conventional way uses, far from those handed out.
@@ -81,21 +81,35 @@ impl Life {
         }
     }
 
+    /// How its guest's memory really came back.
+    pub(in crate::cli::bench) fn memory_mode(&self, job: &Job<'_>) -> Result<MemoryMode, Failure> {
+        let child = self.running.child.as_ref().ok_or(StageError::NoMode)?;
+        mode_of(job, child.id(), job.mode)
+    }
+
+    /// The snapshot that the next resume comes from.
+    pub(in crate::cli::bench) fn snapshot(&self, job: &Job<'_>) -> PathBuf {
+        self.running.snapshot(job)
+    }
+
     /// Stands the guest still, writes all of it, and ends the process.
-    pub(in crate::cli::bench) fn pause(&mut self, job: &Job<'_>) -> Result<Duration, Failure> {
+    pub(in crate::cli::bench) fn pause(&mut self, job: &Job<'_>) -> Result<Outcome, Failure> {
         let deadline = Deadline::after(BUDGET);
-        let begun = Instant::now();
+        let mut clock = Clock::start();
         let socket = self.running.socket();
         Client::assuming(&socket, Version::V53).pause(deadline)?;
+        clock.mark("vcpus_paused");
         self.running.pauses += 1;
         let snapshot = self.running.snapshot(job);
         std::fs::create_dir(&snapshot)?;
         Client::assuming(&socket, Version::V53).snapshot(&snapshot, deadline)?;
+        clock.mark("snapshot_written");
         if let Some(mut child) = self.running.child.take() {
             child.kill()?;
             child.wait()?;
         }
-        Ok(begun.elapsed())
+        clock.mark("vmm_gone");
+        Ok(clock.stop())
     }
 
     /// Brings it back from what the pause wrote.
@@ -127,15 +141,23 @@ impl Life {
 struct NotHealthy(&'static str);
 
 pub(super) fn launch(job: &Job<'_>) -> Result<Launched, Failure> {
+    let life = Life::begin(job)?;
+    let memory_mode = match life.memory_mode(job) {
+        Ok(mode) => mode,
+        Err(failure) => {
+            life.end(job.stage);
+            return Err(failure);
+        }
+    };
     let Life {
         running,
         netns,
         launched: (took, phases),
-    } = Life::begin(job)?;
+    } = life;
     Ok(Launched {
         took,
         phases,
-        memory_mode: None,
+        memory_mode,
         timeline: None,
         netns,
         end: Ending::Conventional(Box::new(running)),
@@ -272,7 +294,7 @@ fn make_disk(job: &Job<'_>, running: &mut Running) -> Result<(), Failure> {
 }
 
 fn run(job: &Job<'_>, running: &Running, socket: &Path) -> Result<Child, Failure> {
-    let recorded = job.template.base.as_deref().and_then(Path::parent);
+    let recorded = job.template.recorded.as_deref();
     let mut command = Command::new("unshare");
     command
         .args(["-m", "--", "bash", "-c", RUN, "bash"])
@@ -350,7 +372,7 @@ impl Running {
     /// What it comes from: the template's snapshot, or its own.
     fn snapshot(&self, job: &Job<'_>) -> PathBuf {
         match self.pauses {
-            0 => job.template.snapshot.clone(),
+            0 => job.template.plain.clone(),
             pauses => self.dir.join(format!("snapshot-{pauses}")),
         }
     }

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,10 +24,11 @@ use rewake::resource::net::Slot;
 use rewake::snapshot::{RunDir, RunFiles, SnapshotDir, SnapshotLimits};
 use rewake::vmm::launch::{ApiSocket, launch as start};
 use rewake_sys::netns;
+use rewake_sys::process::Process;
 
-use super::{BUDGET, Ending, Job, Launched, make_disk, millis, remove_disk, remove_slot};
+use super::{BUDGET, Ending, Job, Launched, make_disk, millis, mode_of, remove_disk, remove_slot};
 use crate::cli::Failure;
-use crate::cli::bench::stage::Stage;
+use crate::cli::bench::stage::{Stage, StageError};
 
 /// What exists before the clock starts.
 pub(in crate::cli::bench) struct Set {
@@ -39,14 +40,44 @@ pub(in crate::cli::bench) struct Set {
     ledger: Ledger,
 }
 
-pub(super) struct Running {
+pub(in crate::cli::bench) struct Running {
     slot: Slot,
     disk: Option<Disk>,
     ledger: Ledger,
+    process: Option<Process>,
+    socket: PathBuf,
 }
 
 impl Running {
-    pub(super) fn end(mut self, stage: &Stage) -> Vec<String> {
+    /// Where its guest is asked.
+    pub(in crate::cli::bench) fn netns(&self) -> BorrowedFd<'_> {
+        self.slot.netns()
+    }
+
+    /// The socket of its API.
+    pub(in crate::cli::bench) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// How its guest's memory really came back.
+    pub(in crate::cli::bench) fn memory_mode(&self, job: &Job<'_>) -> Result<MemoryMode, Failure> {
+        let process = self.process.as_ref().ok_or(StageError::NoMode)?;
+        mode_of(job, process.pid(), job.mode)
+    }
+
+    /// Kills its process and waits until that is dead.
+    pub(in crate::cli::bench) fn kill(&self) -> Result<(), Failure> {
+        let Some(process) = &self.process else {
+            return Ok(());
+        };
+        process.kill()?;
+        if process.wait_ended(Some(BUDGET))? {
+            return Ok(());
+        }
+        Err(Refused("a process that does not die".to_owned()).into())
+    }
+
+    pub(in crate::cli::bench) fn end(mut self, stage: &Stage) -> Vec<String> {
         let leftovers = self.ledger.unwind(Deadline::after(BUDGET));
         let mut left: Vec<_> = leftovers.iter().map(ToString::to_string).collect();
         left.extend(remove_disk(stage, self.disk));
@@ -55,12 +86,33 @@ impl Running {
     }
 }
 
-/// CH did not take the request.
+impl Set {
+    /// Removes what was made for a launch that does not come; says what is left.
+    pub(in crate::cli::bench) fn discard(self, stage: &Stage) -> Vec<String> {
+        let Self {
+            slot,
+            disk,
+            ledger,
+            socket,
+            ..
+        } = self;
+        let running = Running {
+            slot,
+            disk,
+            ledger,
+            process: None,
+            socket,
+        };
+        running.end(stage)
+    }
+}
+
+/// CH did not do as it was told.
 #[derive(Debug, thiserror::Error)]
-#[error("vm.restore was answered with {0:?}")]
+#[error("Cloud Hypervisor answered with {0:?}")]
 struct Refused(String);
 
-pub(super) fn prepare(job: &Job<'_>) -> Result<Set, Failure> {
+pub(in crate::cli::bench) fn prepare(job: &Job<'_>) -> Result<Set, Failure> {
     let id = SandboxId::random();
     let slot = job.stage.net.create(id.as_str(), Deadline::after(BUDGET))?;
     match lay_out(job, &id) {
@@ -103,7 +155,12 @@ fn lay_out(
         inputs.disk = RootDisk::At(disk.path().to_owned());
     }
     let snapshot = SnapshotDir::open(&job.template.snapshot, &SnapshotLimits::default())?;
-    let memory = job.template.snapshot.join("memory-ranges");
+    let zone = job.template.snapshot.join("memory");
+    let memory = if zone.exists() {
+        zone
+    } else {
+        job.template.snapshot.join("memory-ranges")
+    };
     let around = Circumstances {
         memory_path: memory.clone(),
         ..Circumstances::default()
@@ -138,6 +195,34 @@ fn lay_out(
 }
 
 pub(super) fn launch(job: &Job<'_>, set: Set) -> Result<Launched, Failure> {
+    let (running, (took, phases)) = begin(job, set)?;
+    let known = (|| {
+        Ok((
+            running.memory_mode(job)?,
+            running.netns().try_clone_to_owned()?,
+        ))
+    })();
+    match known {
+        Ok((memory_mode, netns)) => Ok(Launched {
+            took,
+            phases,
+            memory_mode,
+            timeline: None,
+            netns,
+            end: Ending::Floor(Box::new(running)),
+        }),
+        Err(failure) => {
+            running.end(job.stage);
+            Err(failure)
+        }
+    }
+}
+
+/// A guest that has answered, and what that took.
+pub(in crate::cli::bench) fn begin(
+    job: &Job<'_>,
+    set: Set,
+) -> Result<(Running, (Duration, BTreeMap<String, f64>)), Failure> {
     let Set {
         slot,
         disk,
@@ -146,18 +231,19 @@ pub(super) fn launch(job: &Job<'_>, set: Set) -> Result<Launched, Failure> {
         request,
         mut ledger,
     } = set;
-    let netns = slot.netns().try_clone_to_owned()?;
     let outcome = race(job, &slot, sockets, &socket, &request, &mut ledger);
-    let running = Running { slot, disk, ledger };
+    let mut running = Running {
+        slot,
+        disk,
+        ledger,
+        process: None,
+        socket,
+    };
     match outcome {
-        Ok((took, phases)) => Ok(Launched {
-            took,
-            phases,
-            memory_mode: Some(job.mode),
-            timeline: None,
-            netns,
-            end: Ending::Floor(Box::new(running)),
-        }),
+        Ok((process, outcome)) => {
+            running.process = Some(process);
+            Ok((running, outcome))
+        }
         Err(failure) => {
             running.end(job.stage);
             Err(failure)
@@ -173,11 +259,14 @@ fn race(
     path: &Path,
     request: &str,
     ledger: &mut Ledger,
-) -> Result<(Duration, BTreeMap<String, f64>), Failure> {
+) -> Result<(Process, (Duration, BTreeMap<String, f64>)), Failure> {
+    let mut spec = job.stage.actor.spec.clone();
+    if job.writes {
+        spec = job.stage.actor.writing_spec();
+    }
     let begun = Instant::now();
     let (socket, mut stream) = ApiSocket::bind(path)?;
     stream.write_all(request.as_bytes())?;
-    let mut spec = job.stage.actor.spec.clone();
     spec.without_events = true;
     let vmm = start(&spec, socket, Some(slot.netns()), &[], ledger)?;
     let spawned = begun.elapsed();
@@ -199,7 +288,9 @@ fn race(
         ("ready", ready),
     ];
     let phases = phases.map(|(name, at)| (name.to_owned(), millis(at)));
-    Ok((accepted.max(ready), phases.into_iter().collect()))
+    let process = Process::open(vmm.pid())?;
+    let took = accepted.max(ready);
+    Ok((process, (took, phases.into_iter().collect())))
 }
 
 fn answer(stream: &mut UnixStream) -> Result<(), FloorError> {

@@ -2,7 +2,7 @@
 //! possible at all.
 
 pub(super) mod conventional;
-mod floor;
+pub(super) mod floor;
 pub(super) mod ours;
 
 use std::collections::BTreeMap;
@@ -12,13 +12,15 @@ use std::time::Duration;
 use clap::ValueEnum;
 use rewake::deadline::Deadline;
 use rewake::ids::SandboxId;
+use rewake::memory;
 use rewake::plan::MemoryMode;
 use rewake::resource::disk::{Disk, DiskMode};
 use rewake::resource::net::Slot;
 use rewake::restore::kit::KitPool;
 use rewake::timeline::Timeline;
+use rewake::vmm::api::{Features, Version};
 
-use super::stage::{Stage, Template};
+use super::stage::{Stage, StageError, Template};
 use crate::cli::Failure;
 
 /// How long one launch may take, and one removal.
@@ -48,16 +50,6 @@ impl Arm {
             Self::Rival(Rival::Floor) => "floor",
         }
     }
-
-    /// The mode that it really uses where this one is asked for: nobody but us rewrites
-    /// snapshots, so conventionally memory is copied or fetched on demand.
-    pub(super) const fn mode(self, asked: MemoryMode) -> MemoryMode {
-        match (self, asked) {
-            (Self::Rival(Rival::Conventional), MemoryMode::Copy) => MemoryMode::Copy,
-            (Self::Rival(Rival::Conventional), _) => MemoryMode::OnDemand,
-            (_, asked) => asked,
-        }
-    }
 }
 
 /// What every launch of one variant has in common.
@@ -69,6 +61,8 @@ pub(super) struct Job<'a> {
     pub(super) disk: DiskMode,
     /// Where ours take their processes from.
     pub(super) kits: Option<&'a KitPool>,
+    /// Whether the guest will be frozen.
+    pub(super) writes: bool,
 }
 
 /// What one launch has ready before the clock starts.
@@ -81,7 +75,8 @@ pub(super) enum Ready {
 pub(super) struct Launched {
     pub(super) took: Duration,
     pub(super) phases: BTreeMap<String, f64>,
-    pub(super) memory_mode: Option<MemoryMode>,
+    /// How its memory really came back.
+    pub(super) memory_mode: MemoryMode,
     pub(super) timeline: Option<Timeline>,
     /// Where its guest is asked.
     pub(super) netns: OwnedFd,
@@ -121,6 +116,29 @@ impl Launched {
             Ending::Floor(running) => running.end(stage),
             Ending::Conventional(running) => running.end(stage),
         }
+    }
+}
+
+/// How a rival's process has the memory of its guest, as its mappings tell. Whether memory
+/// that no file is behind was copied or comes on demand shows no more once all of it has come:
+/// it was as asked, where this Cloud Hypervisor knows both.
+pub(super) fn mode_of(job: &Job<'_>, pid: u32, asked: MemoryMode) -> Result<MemoryMode, Failure> {
+    if job.stage.actor.stand_in {
+        // It has no guest memory to show.
+        return Ok(asked);
+    }
+    let usage = memory::usage(pid)?;
+    let file = usage.mappings.iter().find(|mapping| mapping.has_file());
+    let lazily = || {
+        let version: Option<Version> = job.template.build.parse().ok();
+        version.is_some_and(|version| Features::of(version).restore_on_demand)
+    };
+    match file {
+        Some(mapping) if mapping.is_private => Ok(MemoryMode::Map),
+        Some(_) => Ok(MemoryMode::Shared),
+        None if usage.mappings.is_empty() => Err(StageError::NoMode.into()),
+        None if asked != MemoryMode::Copy && lazily() => Ok(MemoryMode::OnDemand),
+        None => Ok(MemoryMode::Copy),
     }
 }
 

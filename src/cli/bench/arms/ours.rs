@@ -1,6 +1,7 @@
 //! The way of rewake: slot, disk and restore, cold or on a warm kit.
 
-use std::path::PathBuf;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 
 use rewake::deadline::Deadline;
 use rewake::envd::init::Init;
@@ -11,10 +12,11 @@ use rewake::resource::net::Slot;
 use rewake::restore::kit::{Kit, Warm};
 use rewake::restore::{RestoreSpec, Restored, restore_with};
 use rewake::timeline::{Phase, Timeline};
+use rewake::vmm::api::Client;
 
 use super::{BUDGET, Ending, Job, Launched, make_disk, phases, remove_disk, remove_slot};
 use crate::cli::Failure;
-use crate::cli::bench::stage::Stage;
+use crate::cli::bench::stage::{Stage, StageError};
 
 pub(super) struct Running {
     restored: Restored,
@@ -60,7 +62,7 @@ pub(super) fn launch(job: &Job<'_>) -> Result<Launched, Failure> {
             Ok(Launched {
                 took: done,
                 phases: phases(&restored.timeline),
-                memory_mode: Some(restored.memory_mode),
+                memory_mode: restored.memory_mode,
                 timeline: Some(restored.timeline.clone()),
                 netns,
                 end: Ending::Ours(Box::new(Running {
@@ -77,6 +79,50 @@ pub(super) fn launch(job: &Job<'_>) -> Result<Launched, Failure> {
             Err(error.into())
         }
     }
+}
+
+/// What is learnt of a guest by bringing it back once.
+pub(in crate::cli::bench) struct Acquaintance {
+    pub(in crate::cli::bench) nonce: String,
+    /// What the Cloud Hypervisor that ran it calls itself.
+    pub(in crate::cli::bench) build: String,
+}
+
+/// Brings a guest back and asks what it remembers; then freezes it once more into `plain`,
+/// where that is wanted, from memory that no file is behind.
+pub(in crate::cli::bench) fn acquaint(
+    job: &Job<'_>,
+    plain: Option<&Path>,
+) -> Result<Acquaintance, Failure> {
+    let stage = job.stage;
+    let launched = launch(job)?;
+    let known = (|| {
+        let deadline = Deadline::after(BUDGET);
+        let nonce = stage.nonce(&stage.agent(launched.netns.as_fd())?, deadline)?;
+        let Ending::Ours(running) = &launched.end else {
+            unreachable!("it was launched our way")
+        };
+        let restored = &running.restored;
+        if let Some(plain) = plain {
+            std::fs::create_dir(plain)?;
+            let mut api = Client::assuming(restored.vmm.api_path(), restored.version);
+            api.pause(deadline)?;
+            api.snapshot(plain, deadline)?;
+        }
+        Ok(Acquaintance {
+            nonce,
+            build: restored.build.clone(),
+        })
+    })();
+    let left = launched.end(stage);
+    if left.is_empty() {
+        return known;
+    }
+    known.and(Err(StageError::Program {
+        program: "rewake".to_owned(),
+        says: format!("left over: {}", left.join(", ")),
+    }
+    .into()))
 }
 
 fn acquire(job: &Job<'_>, id: &SandboxId) -> Result<(Option<Kit>, Slot), Failure> {
@@ -108,12 +154,19 @@ fn spec(
 ) -> RestoreSpec {
     let mut inputs = RestoreInputs::new(id, &job.template.snapshot);
     inputs.memory_mode = MemoryPolicy::Only(job.mode);
-    if let Some(disk) = disk {
-        inputs.disk = RootDisk::At(disk.path().to_owned());
-    }
+    let device = disk.map(|disk| disk.path().to_owned());
+    inputs.disk = match (&job.template.chosen, device) {
+        (Some(chosen), device) => chosen.root_disk(device),
+        (None, Some(device)) => RootDisk::At(device),
+        (None, None) => RootDisk::AsRecorded,
+    };
     let actor = &job.stage.actor;
     let mut spec = RestoreSpec::new(inputs, &actor.spec.program, job.stage.guest());
-    spec.vmm = actor.spec.clone();
+    spec.vmm = if job.writes {
+        actor.writing_spec()
+    } else {
+        actor.spec.clone()
+    };
     spec.runtime_dir = run_dir(job.stage);
     spec.netns = Some(slot.netns_path().to_owned());
     spec.init = Some(Init::new());
