@@ -3,4 +3,5 @@
 pub mod disk;
 pub mod ledger;
 pub mod net;
+pub(crate) mod refill;
 pub mod slot;

@@ -125,7 +125,7 @@ impl Context {
         let failed = |cause| Error::of_host(Operation::Open, cause);
         let net = open_net(&config).map_err(|error| failed(Cause::Network(error)))?;
         let net = Arc::new(net);
-        let pool = SlotPool::start(Arc::clone(&net), config.slots.clone());
+        let pool = SlotPool::start(Arc::clone(&net), config.slots);
         let pool =
             pool.map_err(|error| failed(file("start the slot pool of", &config.root)(error)))?;
         Ok(Self {
@@ -210,7 +210,7 @@ fn start_kits(config: &HostConfig, net: &Arc<HostNet>) -> std::io::Result<KitPoo
         pool: None,
     };
     let runtime_dir = config.runtime_dir.clone();
-    KitPool::start(config.vmm.clone(), runtime_dir, places, config.kits.clone())
+    KitPool::start(config.vmm.clone(), runtime_dir, places, config.kits)
 }
 
 fn open_net(config: &HostConfig) -> Result<HostNet, NetError> {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use rewake::envd::init::{AccessToken, Init};
-use rewake::host::{LaunchOptions, ResumeOptions, Sandbox};
+use rewake::host::{Host, LaunchOptions, ResumeOptions, Sandbox};
 use rewake::ids::{SandboxId, SlotIndex};
 use rewake::trace::Trace;
 
@@ -32,12 +32,6 @@ pub(in crate::cli) struct LaunchArgs {
     slot: Option<u16>,
     #[command(flatten)]
     life: LifeArgs,
-    #[command(flatten)]
-    vmm: VmmArgs,
-    #[command(flatten)]
-    limits: LimitArgs,
-    #[command(flatten)]
-    host: HostArgs,
 }
 
 #[derive(Debug, Args)]
@@ -47,12 +41,6 @@ pub(in crate::cli) struct ResumeArgs {
     id: SandboxId,
     #[command(flatten)]
     life: LifeArgs,
-    #[command(flatten)]
-    vmm: VmmArgs,
-    #[command(flatten)]
-    limits: LimitArgs,
-    #[command(flatten)]
-    host: HostArgs,
 }
 
 /// What every new life of a sandbox is given.
@@ -79,9 +67,22 @@ struct LifeArgs {
     /// Write a timeline for trace viewers (Chrome's JSON; Perfetto opens it) to this file
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    #[command(flatten)]
+    vmm: VmmArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
+    #[command(flatten)]
+    host: HostArgs,
 }
 
 impl LifeArgs {
+    /// The host, ready for another sandbox that runs.
+    fn host(&self) -> Result<Host, Failure> {
+        let host = self.host.open_with(&self.vmm, self.limits)?;
+        host.ready(self.host.deadline()?)?;
+        Ok(host)
+    }
+
     fn init(&self) -> Result<Init, Failure> {
         let token = self.access_token_file.as_ref().map(|path| {
             let text = std::fs::read_to_string(path).map_err(|source| Unreadable {
@@ -110,8 +111,7 @@ struct Unreadable {
 
 /// `rewake launch`.
 pub(in crate::cli) fn launch(args: &LaunchArgs, global: Global) -> Result<(), Failure> {
-    let host = args.host.open_with(&args.vmm, args.limits)?;
-    host.ready(args.host.deadline()?)?;
+    let host = args.life.host()?;
     let template = host.template(&args.template)?;
     let options = LaunchOptions {
         id: args.id.clone(),
@@ -119,7 +119,7 @@ pub(in crate::cli) fn launch(args: &LaunchArgs, global: Global) -> Result<(), Fa
         slot: args.slot.map(SlotIndex::new).transpose()?,
         disk_mode: Some(args.disk_mode.into()),
         memory_mode: args.life.memory_mode.only(),
-        deadline: args.host.deadline()?,
+        deadline: args.life.host.deadline()?,
     };
     let progress = Progress::start(format!("launch from {}", args.template), !global.json);
     let launched = host.launch(&template, options);
@@ -129,12 +129,11 @@ pub(in crate::cli) fn launch(args: &LaunchArgs, global: Global) -> Result<(), Fa
 
 /// `rewake resume`.
 pub(in crate::cli) fn resume(args: &ResumeArgs, global: Global) -> Result<(), Failure> {
-    let host = args.host.open_with(&args.vmm, args.limits)?;
-    host.ready(args.host.deadline()?)?;
+    let host = args.life.host()?;
     let options = ResumeOptions {
         init: args.life.init()?,
         memory_mode: args.life.memory_mode.only(),
-        deadline: args.host.deadline()?,
+        deadline: args.life.host.deadline()?,
     };
     let progress = Progress::start(format!("resume {}", args.id), !global.json);
     let resumed = host.resume(&args.id, options);

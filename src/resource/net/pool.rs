@@ -5,27 +5,25 @@
 //! rate so that it leaves the machine to those who use it, and removes retired slots in
 //! batches. Handing a slot out takes no kernel lock and waits for nothing.
 
-use std::collections::VecDeque;
+use std::fmt;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::create::Slot;
+use super::create::{CreateError, Slot};
 use super::error::SlotFailure;
 use super::host::HostNet;
 use crate::deadline::Deadline;
+use crate::resource::refill::{Limits, Maker, Stock};
 use crate::resource::slot::SlotError;
 
 /// The owner that slots in the pool have in their records.
 const OWNER: &str = "pool";
-/// After a failed build, nothing is tried for this long.
-const BACK_OFF: Duration = Duration::from_secs(1);
 
 /// Sizes and limits of a pool.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PoolOptions {
     /// How many slots stand ready; 0 for a pool that only removes.
@@ -63,30 +61,45 @@ pub struct PoolStats {
     pub failed_removals: u64,
 }
 
+/// What could not be removed, with its reason.
+#[derive(Debug)]
+struct Left(SlotFailure);
+
+impl fmt::Display for Left {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.0, self.0.source)
+    }
+}
+
+/// Builds slots, and removes them.
+#[derive(Debug)]
+struct Builder(Arc<HostNet>);
+
+impl Maker for Builder {
+    type Item = Slot;
+    type Error = CreateError;
+    type Leftover = Left;
+    const THREAD: &'static str = "rw-slot-pool";
+    const NAME: &'static str = "slot";
+
+    fn make(&self, deadline: Deadline) -> Result<Slot, CreateError> {
+        self.0.create(OWNER, deadline)
+    }
+
+    fn is_healthy(&self, slot: &Slot) -> bool {
+        self.0.is_healthy(slot)
+    }
+
+    fn remove(&self, slots: Vec<Slot>, deadline: Deadline) -> Vec<Left> {
+        let failures = self.0.destroy_all(slots, deadline);
+        failures.into_iter().map(Left).collect()
+    }
+}
+
 /// A pool of slots and the thread that serves it.
 #[derive(Debug)]
 pub struct SlotPool {
-    shared: Arc<Shared>,
-    worker: Option<JoinHandle<()>>,
-}
-
-#[derive(Debug)]
-struct Shared {
-    host: Arc<HostNet>,
-    options: PoolOptions,
-    state: Mutex<State>,
-    /// Something for the worker to do, or to stop for.
-    wanted: Condvar,
-    /// The worker has done something.
-    done: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    ready: VecDeque<Slot>,
-    retired: Vec<Slot>,
-    stats: PoolStats,
-    stop: bool,
+    stock: Stock<Builder>,
 }
 
 impl SlotPool {
@@ -95,21 +108,14 @@ impl SlotPool {
     /// # Errors
     /// Where no thread can be started.
     pub fn start(host: Arc<HostNet>, options: PoolOptions) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            host,
-            options,
-            state: Mutex::default(),
-            wanted: Condvar::new(),
-            done: Condvar::new(),
-        });
-        let worker = Arc::clone(&shared);
-        let worker = std::thread::Builder::new()
-            .name("rw-slot-pool".to_owned())
-            .spawn(move || worker.serve())?;
-        Ok(Self {
-            shared,
-            worker: Some(worker),
-        })
+        let limits = Limits {
+            target: options.target,
+            interval: Duration::from_millis(options.refill_interval_ms),
+            quiet: Duration::ZERO,
+            budget: Duration::from_millis(options.step_budget_ms),
+        };
+        let stock = Stock::start(Builder(host), limits)?;
+        Ok(Self { stock })
     }
 
     /// Hands out a slot that was looked at just now, for `owner`; `None` where none is
@@ -118,43 +124,34 @@ impl SlotPool {
     /// # Errors
     /// [`SlotError::File`] where the record cannot be changed; the slot is then retired.
     pub fn take(&self, owner: &str) -> Result<Option<Slot>, SlotError> {
-        loop {
-            let mut state = self.shared.lock();
-            let Some(mut slot) = state.ready.pop_front() else {
-                return Ok(None);
-            };
-            self.shared.wanted.notify_one();
-            if !self.shared.host.is_healthy(&slot) {
-                state.stats.unhealthy += 1;
-                state.retired.push(slot);
-                continue;
+        let Some(mut slot) = self.stock.take() else {
+            return Ok(None);
+        };
+        match slot.lease.set_owner(owner) {
+            Ok(()) => Ok(Some(slot)),
+            Err(error) => {
+                self.retire(slot);
+                Err(error)
             }
-            state.stats.taken += 1;
-            drop(state);
-            return match slot.lease.set_owner(owner) {
-                Ok(()) => Ok(Some(slot)),
-                Err(error) => {
-                    self.retire(slot);
-                    Err(error)
-                }
-            };
         }
     }
 
     /// Leaves a slot to the pool's thread to be removed. Does not wait.
     pub fn retire(&self, slot: Slot) {
-        self.shared.lock().retired.push(slot);
-        self.shared.wanted.notify_one();
+        self.stock.retire(slot);
     }
 
     /// What the pool holds and has done.
     #[must_use]
     pub fn stats(&self) -> PoolStats {
-        let state = self.shared.lock();
+        let counts = self.stock.counts();
         PoolStats {
-            ready: state.ready.len(),
-            retiring: state.stats.retiring + state.retired.len(),
-            ..state.stats.clone()
+            ready: counts.ready,
+            retiring: counts.retiring,
+            taken: counts.taken,
+            unhealthy: counts.unhealthy,
+            failed_builds: counts.failed,
+            failed_removals: counts.failed_removals,
         }
     }
 
@@ -162,120 +159,13 @@ impl SlotPool {
     /// that was so before the deadline.
     #[must_use]
     pub fn wait_settled(&self, deadline: Deadline) -> bool {
-        let mut state = self.shared.lock();
-        while state.ready.len() < self.shared.options.target
-            || state.stats.retiring + state.retired.len() > 0
-        {
-            let left = deadline.remaining().unwrap_or(Duration::MAX);
-            if left.is_zero() {
-                return false;
-            }
-            state = wait(&self.shared.done, state, left);
-        }
-        true
+        self.stock.wait_settled(deadline)
     }
 
     /// Ends the thread and removes every slot that was not handed out.
     #[must_use]
-    pub fn close(mut self, deadline: Deadline) -> Vec<SlotFailure> {
-        self.stop();
-        let slots = self.shared.lock().take_all();
-        self.shared.host.destroy_all(slots, deadline)
+    pub fn close(self, deadline: Deadline) -> Vec<SlotFailure> {
+        let left = self.stock.close(deadline).into_iter();
+        left.map(|left| left.0).collect()
     }
-
-    fn stop(&mut self) {
-        self.shared.lock().stop = true;
-        self.shared.wanted.notify_one();
-        if let Some(worker) = self.worker.take() {
-            // A worker that panicked has nothing more to say here.
-            let _ = worker.join();
-        }
-    }
-}
-
-impl Drop for SlotPool {
-    fn drop(&mut self) {
-        self.stop();
-        let slots = self.shared.lock().take_all();
-        for failure in self.shared.host.destroy_all(slots, self.shared.budget()) {
-            log::warn!("{failure}: {}", failure.source);
-        }
-    }
-}
-
-impl State {
-    fn take_all(&mut self) -> Vec<Slot> {
-        let mut slots = std::mem::take(&mut self.retired);
-        slots.extend(self.ready.drain(..));
-        slots
-    }
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // No call that can panic is made while it is held.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn budget(&self) -> Deadline {
-        Deadline::after(Duration::from_millis(self.options.step_budget_ms))
-    }
-
-    /// The thread: builds while there is room and removes what was retired. Building comes
-    /// first, somebody may be waiting for it; nobody waits for a removal.
-    fn serve(&self) {
-        let mut next_build = Instant::now();
-        let mut state = self.lock();
-        while !state.stop {
-            let now = Instant::now();
-            let wants = state.ready.len() < self.options.target;
-            if wants && now >= next_build {
-                next_build = now + Duration::from_millis(self.options.refill_interval_ms);
-                drop(state);
-                let built = self.host.create(OWNER, self.budget());
-                state = self.lock();
-                match built {
-                    Ok(slot) => state.ready.push_back(slot),
-                    Err(error) => {
-                        next_build = now + BACK_OFF;
-                        state.stats.failed_builds += 1;
-                        log::warn!("Cannot prepare a slot: {error}");
-                    }
-                }
-            } else if !state.retired.is_empty() {
-                let retired = std::mem::take(&mut state.retired);
-                state.stats.retiring = retired.len();
-                drop(state);
-                let failures = self.host.destroy_all(retired, self.budget());
-                state = self.lock();
-                state.stats.retiring = 0;
-                state.stats.failed_removals += failures.len() as u64;
-                for failure in failures {
-                    log::warn!("{failure}: {}", failure.source);
-                }
-            } else {
-                let idle = if wants {
-                    next_build - now
-                } else {
-                    Duration::MAX
-                };
-                state = wait(&self.wanted, state, idle);
-                continue;
-            }
-            self.done.notify_all();
-        }
-    }
-}
-
-fn wait<'a>(
-    condition: &Condvar,
-    state: MutexGuard<'a, State>,
-    limit: Duration,
-) -> MutexGuard<'a, State> {
-    // The platform's clock cannot add the largest duration there is.
-    let limit = limit.min(Duration::from_secs(3600));
-    let (state, _) = condition
-        .wait_timeout(state, limit)
-        .unwrap_or_else(PoisonError::into_inner);
-    state
 }

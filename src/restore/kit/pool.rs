@@ -4,29 +4,26 @@
 //! [`KitPool::close`] or drop. It makes kits until the target is reached, at a limited rate:
 //! each takes some milliseconds of a processor that a restore may be waiting for.
 
-use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::{Kit, KitError};
 use crate::deadline::Deadline;
 use crate::resource::net::{CreateError, HostNet, Slot, SlotFailure, SlotPool};
+use crate::resource::refill::{Limits, Maker, Stock};
 use crate::resource::slot::SlotError;
 use crate::units::Bytes;
 use crate::vmm::launch::LaunchSpec;
 
 /// The owner that slots of idle kits have in their records.
 const OWNER: &str = "kit";
-/// After a failure, nothing is tried for this long.
-const BACK_OFF: Duration = Duration::from_secs(1);
 
 /// Sizes and limits of a pool.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct KitPoolOptions {
     /// How many kits stand ready.
@@ -101,33 +98,18 @@ enum FillError {
     Kit(#[from] KitError),
 }
 
-/// A pool of kits and the thread that fills it.
+/// Makes kits, and ends them.
 #[derive(Debug)]
-pub struct KitPool {
-    shared: Arc<Shared>,
-    worker: Option<JoinHandle<()>>,
-}
-
-#[derive(Debug)]
-struct Shared {
+struct Workshop {
     spec: LaunchSpec,
     runtime_dir: PathBuf,
     places: Places,
-    options: KitPoolOptions,
-    state: Mutex<State>,
-    /// Something for the worker to do, or to stop for.
-    wanted: Condvar,
-    /// The worker has done something.
-    done: Condvar,
 }
 
-#[derive(Debug, Default)]
-struct State {
-    ready: VecDeque<(Warm, Bytes)>,
-    dead: Vec<Warm>,
-    last_taken: Option<Instant>,
-    stats: KitPoolStats,
-    stop: bool,
+/// A pool of kits and the thread that fills it.
+#[derive(Debug)]
+pub struct KitPool {
+    stock: Stock<Workshop>,
 }
 
 impl KitPool {
@@ -142,23 +124,20 @@ impl KitPool {
         places: Places,
         options: KitPoolOptions,
     ) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
+        let interval = Duration::from_millis(options.refill_interval_ms);
+        let limits = Limits {
+            target: options.target,
+            interval,
+            quiet: interval,
+            budget: Duration::from_millis(options.step_budget_ms),
+        };
+        let workshop = Workshop {
             spec,
             runtime_dir,
             places,
-            options,
-            state: Mutex::default(),
-            wanted: Condvar::new(),
-            done: Condvar::new(),
-        });
-        let worker = Arc::clone(&shared);
-        let worker = std::thread::Builder::new()
-            .name("rw-kit-pool".to_owned())
-            .spawn(move || worker.serve())?;
-        Ok(Self {
-            shared,
-            worker: Some(worker),
-        })
+        };
+        let stock = Stock::start(workshop, limits)?;
+        Ok(Self { stock })
     }
 
     /// Hands out a kit that was looked at just now, its slot for `owner`; `None` where none
@@ -168,42 +147,31 @@ impl KitPool {
     /// # Errors
     /// [`SlotError::File`] where the slot's record cannot be changed; the kit is gone then.
     pub fn take(&self, owner: &str) -> Result<Option<Warm>, SlotError> {
-        loop {
-            let mut state = self.shared.lock();
-            let Some((mut warm, _)) = state.ready.pop_front() else {
-                state.stats.exhausted += 1;
-                return Ok(None);
-            };
-            state.last_taken = Some(Instant::now());
-            self.shared.wanted.notify_one();
-            if !self.shared.is_healthy(&warm) {
-                state.stats.unhealthy += 1;
-                state.dead.push(warm);
-                continue;
-            }
-            state.stats.taken += 1;
-            // Writing the record may wait for a disk: nobody else shall wait with it.
-            drop(state);
-            let renamed = match &mut warm.slot {
-                Some(slot) => slot.lease().set_owner(owner),
-                None => Ok(()),
-            };
-            if let Err(error) = renamed {
-                self.shared.lock().dead.push(warm);
-                return Err(error);
-            }
-            return Ok(Some(warm));
+        let Some((mut warm, private)) = self.stock.take() else {
+            return Ok(None);
+        };
+        let renamed = match &mut warm.slot {
+            Some(slot) => slot.lease().set_owner(owner),
+            None => Ok(()),
+        };
+        if let Err(error) = renamed {
+            self.stock.retire((warm, private));
+            return Err(error);
         }
+        Ok(Some(warm))
     }
 
     /// What the pool holds and has done.
     #[must_use]
     pub fn stats(&self) -> KitPoolStats {
-        let state = self.shared.lock();
+        let counts = self.stock.counts();
         KitPoolStats {
-            ready: state.ready.len(),
-            private_memory: Bytes(state.ready.iter().map(|(_, bytes)| bytes.0).sum()),
-            ..state.stats.clone()
+            ready: counts.ready,
+            taken: counts.taken,
+            exhausted: counts.exhausted,
+            unhealthy: counts.unhealthy,
+            failed: counts.failed,
+            private_memory: Bytes(self.stock.sum(|(_, bytes)| bytes.0)),
         }
     }
 
@@ -211,113 +179,26 @@ impl KitPool {
     /// that was so before the deadline.
     #[must_use]
     pub fn wait_settled(&self, deadline: Deadline) -> bool {
-        let mut state = self.shared.lock();
-        while state.ready.len() < self.shared.options.target || !state.dead.is_empty() {
-            let left = deadline.remaining().unwrap_or(Duration::MAX);
-            if left.is_zero() {
-                return false;
-            }
-            state = wait(&self.shared.done, state, left);
-        }
-        true
+        self.stock.wait_settled(deadline)
     }
 
     /// Ends the thread, and every kit that was not taken, with its slot. The result says what
     /// is left of each.
     #[must_use]
-    pub fn close(mut self, deadline: Deadline) -> Vec<String> {
-        self.stop();
-        let all = self.shared.lock().take_all();
-        self.shared.remove(all, deadline)
-    }
-
-    fn stop(&mut self) {
-        self.shared.lock().stop = true;
-        self.shared.wanted.notify_one();
-        if let Some(worker) = self.worker.take() {
-            // A worker that panicked has nothing more to say here.
-            let _ = worker.join();
-        }
+    pub fn close(self, deadline: Deadline) -> Vec<String> {
+        self.stock.close(deadline)
     }
 }
 
-impl Drop for KitPool {
-    fn drop(&mut self) {
-        self.stop();
-        let all = self.shared.lock().take_all();
-        for left in self.shared.remove(all, self.shared.budget()) {
-            log::warn!("Left over of a kit: {left}");
-        }
-    }
-}
+impl Maker for Workshop {
+    /// With its private memory, as measured when it had been made.
+    type Item = (Warm, Bytes);
+    type Error = FillError;
+    type Leftover = String;
+    const THREAD: &'static str = "rw-kit-pool";
+    const NAME: &'static str = "kit";
 
-impl State {
-    fn take_all(&mut self) -> Vec<Warm> {
-        let mut all = std::mem::take(&mut self.dead);
-        all.extend(self.ready.drain(..).map(|(warm, _)| warm));
-        all
-    }
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // No call that can panic is made while it is held.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn budget(&self) -> Deadline {
-        Deadline::after(Duration::from_millis(self.options.step_budget_ms))
-    }
-
-    fn is_healthy(&self, warm: &Warm) -> bool {
-        let slot = match (&self.places, &warm.slot) {
-            (Places::Slots { host, .. }, Some(slot)) => host.is_healthy(slot),
-            _ => true,
-        };
-        slot && warm.kit.is_healthy()
-    }
-
-    /// The thread: makes kits while there is room, and removes those that were found dead.
-    fn serve(&self) {
-        let interval = Duration::from_millis(self.options.refill_interval_ms);
-        let mut earliest = Instant::now();
-        let mut state = self.lock();
-        while !state.stop {
-            let now = Instant::now();
-            let wants = state.ready.len() < self.options.target;
-            let quiet_from = state.last_taken.filter(|_| !state.ready.is_empty());
-            let next = quiet_from.map_or(earliest, |taken| earliest.max(taken + interval));
-            if wants && now >= next {
-                earliest = now + interval;
-                drop(state);
-                let made = self.make();
-                state = self.lock();
-                match made {
-                    Ok(made) => state.ready.push_back(made),
-                    Err(error) => {
-                        earliest = now + BACK_OFF;
-                        state.stats.failed += 1;
-                        log::warn!("Cannot prepare a kit: {}", chain(&error));
-                    }
-                }
-            } else if !state.dead.is_empty() {
-                let dead = std::mem::take(&mut state.dead);
-                drop(state);
-                for left in self.remove(dead, self.budget()) {
-                    log::warn!("Left over of a kit: {left}");
-                }
-                state = self.lock();
-            } else {
-                let idle = if wants { next - now } else { Duration::MAX };
-                state = wait(&self.wanted, state, idle);
-                continue;
-            }
-            self.done.notify_all();
-        }
-    }
-
-    fn make(&self) -> Result<(Warm, Bytes), FillError> {
-        let deadline = self.budget();
+    fn make(&self, deadline: Deadline) -> Result<(Warm, Bytes), FillError> {
         let mut slot = self.slot(deadline)?;
         let netns = slot.as_ref().map(Slot::netns);
         let made = Kit::prepare(&self.spec, &self.runtime_dir, netns, deadline);
@@ -326,7 +207,7 @@ impl Shared {
             (Ok(kit), Some(place)) => match place.set_vmm(Some(kit.process())) {
                 Ok(()) => kit,
                 Err(error) => {
-                    self.remove(vec![Warm { kit, slot }], deadline);
+                    self.end(vec![Warm { kit, slot }], deadline);
                     return Err(error.into());
                 }
             },
@@ -339,6 +220,20 @@ impl Shared {
         Ok((Warm { kit, slot }, private))
     }
 
+    fn is_healthy(&self, (warm, _): &(Warm, Bytes)) -> bool {
+        let slot = match (&self.places, &warm.slot) {
+            (Places::Slots { host, .. }, Some(slot)) => host.is_healthy(slot),
+            _ => true,
+        };
+        slot && warm.kit.is_healthy()
+    }
+
+    fn remove(&self, all: Vec<(Warm, Bytes)>, deadline: Deadline) -> Vec<String> {
+        self.end(all.into_iter().map(|(warm, _)| warm).collect(), deadline)
+    }
+}
+
+impl Workshop {
     fn slot(&self, deadline: Deadline) -> Result<Option<Slot>, FillError> {
         let Places::Slots { host, pool } = &self.places else {
             return Ok(None);
@@ -361,7 +256,7 @@ impl Shared {
     }
 
     /// Ends kits and removes their slots; says what is left.
-    fn remove(&self, all: Vec<Warm>, deadline: Deadline) -> Vec<String> {
+    fn end(&self, all: Vec<Warm>, deadline: Deadline) -> Vec<String> {
         let mut left = Vec::new();
         let mut slots = Vec::new();
         for Warm { kit, slot } in all {
@@ -375,27 +270,4 @@ impl Shared {
         }
         left
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
-    }
-    text
-}
-
-fn wait<'a>(
-    condition: &Condvar,
-    state: MutexGuard<'a, State>,
-    limit: Duration,
-) -> MutexGuard<'a, State> {
-    // The platform's clock cannot add the largest duration there is.
-    let limit = limit.min(Duration::from_secs(3600));
-    let (state, _) = condition
-        .wait_timeout(state, limit)
-        .unwrap_or_else(PoisonError::into_inner);
-    state
 }

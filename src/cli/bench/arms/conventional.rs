@@ -22,7 +22,7 @@ use rewake::resource::disk::{DiskKind, DiskMode};
 use rewake::vmm::api::{Client, MemoryRestoreMode, RestoreConfig, Version, file_url};
 use rewake_sys::netns;
 
-use super::{BUDGET, Ending, Job, Launched, millis, mode_of};
+use super::{BUDGET, Ending, Job, Launched, Timed, millis, mode_of};
 use crate::cli::Failure;
 use crate::cli::bench::run::words;
 use crate::cli::bench::stage::{Stage, StageError, UPLINK, run_in};
@@ -56,7 +56,7 @@ pub(in crate::cli::bench) struct Life {
     /// Where its guest is asked.
     pub(in crate::cli::bench) netns: OwnedFd,
     /// What its launch took, and the phases.
-    pub(in crate::cli::bench) launched: Outcome,
+    pub(in crate::cli::bench) launched: Timed,
 }
 
 impl Life {
@@ -93,7 +93,7 @@ impl Life {
     }
 
     /// Stands the guest still, writes all of it, and ends the process.
-    pub(in crate::cli::bench) fn pause(&mut self, job: &Job<'_>) -> Result<Outcome, Failure> {
+    pub(in crate::cli::bench) fn pause(&mut self, job: &Job<'_>) -> Result<Timed, Failure> {
         let deadline = Deadline::after(BUDGET);
         let mut clock = Clock::start();
         let socket = self.running.socket();
@@ -113,7 +113,7 @@ impl Life {
     }
 
     /// Brings it back from what the pause wrote.
-    pub(in crate::cli::bench) fn resume(&mut self, job: &Job<'_>) -> Result<Outcome, Failure> {
+    pub(in crate::cli::bench) fn resume(&mut self, job: &Job<'_>) -> Result<Timed, Failure> {
         let running = &mut self.running;
         let outcome = netns::run_in(job.stage.host(), || {
             let mut clock = Clock::start();
@@ -164,9 +164,6 @@ pub(super) fn launch(job: &Job<'_>) -> Result<Launched, Failure> {
     })
 }
 
-/// What something took, and when its phases were reached.
-pub(in crate::cli::bench) type Outcome = (Duration, BTreeMap<String, f64>);
-
 struct Clock {
     begun: Instant,
     phases: BTreeMap<String, f64>,
@@ -185,7 +182,7 @@ impl Clock {
         self.phases.insert(phase.to_owned(), at);
     }
 
-    fn stop(self) -> Outcome {
+    fn stop(self) -> Timed {
         (self.begun.elapsed(), self.phases)
     }
 }
@@ -198,7 +195,7 @@ fn told(says: String) -> StageError {
 }
 
 /// The error is text: it crosses a thread.
-fn bring_up(job: &Job<'_>, running: &mut Running) -> Result<Outcome, String> {
+fn bring_up(job: &Job<'_>, running: &mut Running) -> Result<Timed, String> {
     let mut clock = Clock::start();
     let mut steps = || {
         std::fs::create_dir(&running.dir)?;

@@ -2,13 +2,12 @@
 //! answers once. Slot, disk and a snapshot directory that fits both were made before the
 //! clock starts; nothing is checked, nothing is watched, nobody is told `/init`.
 
-use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rewake::deadline::Deadline;
 use rewake::envd::hedge::Hedge;
@@ -26,7 +25,9 @@ use rewake::vmm::launch::{ApiSocket, launch as start};
 use rewake_sys::netns;
 use rewake_sys::process::Process;
 
-use super::{BUDGET, Ending, Job, Launched, make_disk, millis, mode_of, remove_disk, remove_slot};
+use super::{
+    BUDGET, Ending, Job, Launched, Timed, make_disk, millis, mode_of, remove_disk, remove_slot,
+};
 use crate::cli::Failure;
 use crate::cli::bench::stage::{Stage, StageError};
 
@@ -219,10 +220,7 @@ pub(super) fn launch(job: &Job<'_>, set: Set) -> Result<Launched, Failure> {
 }
 
 /// A guest that has answered, and what that took.
-pub(in crate::cli::bench) fn begin(
-    job: &Job<'_>,
-    set: Set,
-) -> Result<(Running, (Duration, BTreeMap<String, f64>)), Failure> {
+pub(in crate::cli::bench) fn begin(job: &Job<'_>, set: Set) -> Result<(Running, Timed), Failure> {
     let Set {
         slot,
         disk,
@@ -259,7 +257,7 @@ fn race(
     path: &Path,
     request: &str,
     ledger: &mut Ledger,
-) -> Result<(Process, (Duration, BTreeMap<String, f64>)), Failure> {
+) -> Result<(Process, Timed), Failure> {
     let mut spec = job.stage.actor.spec.clone();
     if job.writes {
         spec = job.stage.actor.writing_spec();

@@ -23,6 +23,9 @@ use rewake::vmm::api::{Features, Version};
 use super::stage::{Stage, StageError, Template};
 use crate::cli::Failure;
 
+/// What something took, and when its phases were reached.
+pub(super) type Timed = (Duration, BTreeMap<String, f64>);
+
 /// How long one launch may take, and one removal.
 const BUDGET: Duration = Duration::from_secs(60);
 

@@ -1,0 +1,296 @@
+//! A stock of things that take long to make: one background thread makes them in advance, at
+//! a limited rate so that it leaves the machine to those who use it, and removes what is
+//! thrown away.
+//!
+//! The thread is started by [`Stock::start`] and ended by [`Stock::close`] or drop. Taking
+//! something out waits for nobody.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::deadline::Deadline;
+
+/// After a failure, nothing is made for this long.
+const BACK_OFF: Duration = Duration::from_secs(1);
+
+/// What makes things, and removes them.
+pub(crate) trait Maker: Send + Sync + 'static {
+    /// What is made.
+    type Item: Send + 'static;
+    /// Why there is none.
+    type Error: std::error::Error;
+    /// What could not be removed.
+    type Leftover: fmt::Display;
+    /// The name of the thread.
+    const THREAD: &'static str;
+    /// A word for one of them.
+    const NAME: &'static str;
+
+    /// Makes one. Blocks, until the deadline at the latest.
+    fn make(&self, deadline: Deadline) -> Result<Self::Item, Self::Error>;
+    /// Whether it can still be used. Takes microseconds.
+    fn is_healthy(&self, item: &Self::Item) -> bool;
+    /// Removes some. Blocks, until the deadline at the latest.
+    fn remove(&self, items: Vec<Self::Item>, deadline: Deadline) -> Vec<Self::Leftover>;
+}
+
+/// How much is in stock.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// How many stand ready; 0 for a stock that only removes.
+    pub(crate) target: usize,
+    /// The least time between the beginnings of two.
+    pub(crate) interval: Duration,
+    /// The least time between taking one and beginning the next, while some are left.
+    pub(crate) quiet: Duration,
+    /// How long making one, or removing some, may take.
+    pub(crate) budget: Duration,
+}
+
+/// What a stock holds and has done.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Counts {
+    pub(crate) ready: usize,
+    /// Waiting to be removed, or being removed.
+    pub(crate) retiring: usize,
+    pub(crate) taken: u64,
+    /// Times that none was ready.
+    pub(crate) exhausted: u64,
+    pub(crate) unhealthy: u64,
+    pub(crate) failed: u64,
+    pub(crate) failed_removals: u64,
+}
+
+/// Things made in advance, and the thread that makes them.
+pub(crate) struct Stock<M: Maker> {
+    shared: Arc<Shared<M>>,
+    worker: Option<JoinHandle<()>>,
+}
+
+struct Shared<M: Maker> {
+    maker: M,
+    limits: Limits,
+    state: Mutex<State<M::Item>>,
+    /// Something for the worker to do, or to stop for.
+    wanted: Condvar,
+    /// The worker has done something.
+    done: Condvar,
+}
+
+struct State<T> {
+    ready: VecDeque<T>,
+    retired: Vec<T>,
+    last_taken: Option<Instant>,
+    counts: Counts,
+    stop: bool,
+}
+
+impl<M: Maker> fmt::Debug for Stock<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stock")
+            .field("of", &M::NAME)
+            .field("counts", &self.counts())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<M: Maker> Stock<M> {
+    /// Starts the thread, which begins to make things at once.
+    ///
+    /// # Errors
+    /// Where no thread can be started.
+    pub(crate) fn start(maker: M, limits: Limits) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            maker,
+            limits,
+            state: Mutex::new(State {
+                ready: VecDeque::new(),
+                retired: Vec::new(),
+                last_taken: None,
+                counts: Counts::default(),
+                stop: false,
+            }),
+            wanted: Condvar::new(),
+            done: Condvar::new(),
+        });
+        let worker = Arc::clone(&shared);
+        let worker = std::thread::Builder::new()
+            .name(M::THREAD.to_owned())
+            .spawn(move || worker.serve())?;
+        Ok(Self {
+            shared,
+            worker: Some(worker),
+        })
+    }
+
+    /// Hands out one that was looked at just now; `None` where none is ready. Takes some
+    /// microseconds.
+    pub(crate) fn take(&self) -> Option<M::Item> {
+        let mut state = self.shared.lock();
+        loop {
+            let Some(item) = state.ready.pop_front() else {
+                state.counts.exhausted += 1;
+                return None;
+            };
+            state.last_taken = Some(Instant::now());
+            self.shared.wanted.notify_one();
+            if self.shared.maker.is_healthy(&item) {
+                state.counts.taken += 1;
+                return Some(item);
+            }
+            state.counts.unhealthy += 1;
+            state.retired.push(item);
+        }
+    }
+
+    /// Leaves one to the thread to be removed. Does not wait.
+    pub(crate) fn retire(&self, item: M::Item) {
+        self.shared.lock().retired.push(item);
+        self.shared.wanted.notify_one();
+    }
+
+    /// What it holds and has done.
+    pub(crate) fn counts(&self) -> Counts {
+        let state = self.shared.lock();
+        Counts {
+            ready: state.ready.len(),
+            retiring: state.counts.retiring + state.retired.len(),
+            ..state.counts.clone()
+        }
+    }
+
+    /// A sum over what is ready.
+    pub(crate) fn sum(&self, of: impl Fn(&M::Item) -> u64) -> u64 {
+        self.shared.lock().ready.iter().map(of).sum()
+    }
+
+    /// Waits until the target is reached and all that was retired is removed, and says whether
+    /// that was so before the deadline.
+    pub(crate) fn wait_settled(&self, deadline: Deadline) -> bool {
+        let mut state = self.shared.lock();
+        while state.ready.len() < self.shared.limits.target
+            || state.counts.retiring + state.retired.len() > 0
+        {
+            let left = deadline.remaining().unwrap_or(Duration::MAX);
+            if left.is_zero() {
+                return false;
+            }
+            state = wait(&self.shared.done, state, left);
+        }
+        true
+    }
+
+    /// Ends the thread and removes everything that was not handed out.
+    pub(crate) fn close(mut self, deadline: Deadline) -> Vec<M::Leftover> {
+        self.clear(deadline)
+    }
+
+    fn clear(&mut self, deadline: Deadline) -> Vec<M::Leftover> {
+        self.shared.lock().stop = true;
+        self.shared.wanted.notify_one();
+        if let Some(worker) = self.worker.take() {
+            // A worker that panicked has nothing more to say here.
+            let _ = worker.join();
+        }
+        let all = {
+            let mut state = self.shared.lock();
+            let mut all = std::mem::take(&mut state.retired);
+            all.extend(state.ready.drain(..));
+            all
+        };
+        if all.is_empty() {
+            return Vec::new();
+        }
+        self.shared.maker.remove(all, deadline)
+    }
+}
+
+impl<M: Maker> Drop for Stock<M> {
+    fn drop(&mut self) {
+        let deadline = self.shared.budget();
+        for left in self.clear(deadline) {
+            log::warn!("Left over of a {}: {left}", M::NAME);
+        }
+    }
+}
+
+impl<M: Maker> Shared<M> {
+    fn lock(&self) -> MutexGuard<'_, State<M::Item>> {
+        // No call that can panic is made while it is held.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn budget(&self) -> Deadline {
+        Deadline::after(self.limits.budget)
+    }
+
+    /// The thread: makes things while there is room and removes what was retired. Making comes
+    /// first, somebody may be waiting for it; nobody waits for a removal.
+    fn serve(&self) {
+        let mut earliest = Instant::now();
+        let mut state = self.lock();
+        while !state.stop {
+            let now = Instant::now();
+            let wants = state.ready.len() < self.limits.target;
+            let taken = state.last_taken.filter(|_| !state.ready.is_empty());
+            let next = taken.map_or(earliest, |taken| earliest.max(taken + self.limits.quiet));
+            if wants && now >= next {
+                earliest = now + self.limits.interval;
+                drop(state);
+                let made = self.maker.make(self.budget());
+                state = self.lock();
+                match made {
+                    Ok(item) => state.ready.push_back(item),
+                    Err(error) => {
+                        earliest = now + BACK_OFF;
+                        state.counts.failed += 1;
+                        log::warn!("Cannot prepare a {}: {}", M::NAME, chain(&error));
+                    }
+                }
+            } else if !state.retired.is_empty() {
+                let retired = std::mem::take(&mut state.retired);
+                state.counts.retiring = retired.len();
+                drop(state);
+                let left = self.maker.remove(retired, self.budget());
+                state = self.lock();
+                state.counts.retiring = 0;
+                state.counts.failed_removals += left.len() as u64;
+                for left in left {
+                    log::warn!("Left over of a {}: {left}", M::NAME);
+                }
+            } else {
+                let idle = if wants { next - now } else { Duration::MAX };
+                state = wait(&self.wanted, state, idle);
+                continue;
+            }
+            self.done.notify_all();
+        }
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text = format!("{text}: {cause}");
+        next = cause.source();
+    }
+    text
+}
+
+fn wait<'a, T>(
+    condition: &Condvar,
+    state: MutexGuard<'a, T>,
+    limit: Duration,
+) -> MutexGuard<'a, T> {
+    // The platform's clock cannot add the largest duration there is.
+    let limit = limit.min(Duration::from_secs(3600));
+    let (state, _) = condition
+        .wait_timeout(state, limit)
+        .unwrap_or_else(PoisonError::into_inner);
+    state
+}
