@@ -163,13 +163,15 @@ pub(crate) fn frozen(vm: Vm, guest: Guest<'_>, snapshot: &Path) -> Marks {
     marks
 }
 
-/// What would show that something in a snapshot directory was written to.
+/// What would show that something in a snapshot directory was written to: names, rights,
+/// sizes, times and checksums. Not how many blocks it all takes (the `total` of a listed
+/// directory): a file system gives those out late, and moves them without anybody's writing.
 pub(crate) fn listing(snapshot: &Path) -> String {
     super::run(
         "sh",
         [
             "-c",
-            &format!("cd {} && ls -l && sha256sum *", snapshot.display()),
+            &format!("cd {} && ls -ld -- * && sha256sum -- *", snapshot.display()),
         ],
     )
 }
