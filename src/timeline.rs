@@ -14,6 +14,8 @@ pub enum Phase {
     SlotAcquired,
     /// The disk stood.
     DiskAcquired,
+    /// The sandbox had a memory file of its own, which shares the template's blocks.
+    MemoryOwned,
     /// The snapshot directory was opened, bounded and checked.
     SnapshotChecked,
     /// The plan stood, and the rewritten snapshot lay in the run directory.
@@ -69,6 +71,7 @@ impl Phase {
         match self {
             Self::SlotAcquired => "slot_acquired",
             Self::DiskAcquired => "disk_acquired",
+            Self::MemoryOwned => "memory_owned",
             Self::SnapshotChecked => "snapshot_checked",
             Self::Planned => "planned",
             Self::Spawned => "spawned",

@@ -141,6 +141,13 @@ impl WorkingSet {
         Bytes(self.extents.iter().map(|it| it.pages * PAGE_SIZE).sum())
     }
 
+    /// Where the last of them ends in the memory file.
+    #[must_use]
+    pub fn end(&self) -> Bytes {
+        let last = self.extents.last();
+        Bytes(last.map_or(0, |it| (it.first + it.pages) * PAGE_SIZE))
+    }
+
     /// As bytes: for each extent the distance from the end of the last one and its length,
     /// seven bits a byte.
     #[must_use]
@@ -225,6 +232,8 @@ impl WorkingSet {
         let path = directory.join(WORKING_SET_FILE);
         let new = directory.join(format!(".{WORKING_SET_FILE}.{}", std::process::id()));
         let written = std::fs::write(&new, self.encode()).and_then(|()| {
+            // Else a power loss could leave an empty file under the name.
+            File::open(&new)?.sync_data()?;
             fs::renameat_with(CWD, &new, CWD, &path, RenameFlags::empty())?;
             Ok(())
         });

@@ -9,6 +9,7 @@ use crate::snapshot::{
     MemoryBacking, MemoryFile, MemoryLayout, MemorySource, NotMappable, Recorded, SnapshotDir,
     ZONE_FILE,
 };
+use crate::units::Bytes;
 use crate::vmm::api::{Features, Version};
 
 /// How guest memory comes back.
@@ -129,6 +130,22 @@ pub enum Unfit {
         file: &'static str,
         /// What the kernel said.
         errno: Errno,
+    },
+    /// A template's memory cannot be had as a file of one's own.
+    #[error("The blocks of {file} cannot be shared ({error})")]
+    NotShared {
+        /// Its name.
+        file: &'static str,
+        /// What the kernel said.
+        error: CallError,
+    },
+    /// A file of one's own might not find room for all that the guest may write.
+    #[error("There is room for {free}, its own file may take {needed}")]
+    NoRoom {
+        /// What is free.
+        free: Bytes,
+        /// What it may take.
+        needed: Bytes,
     },
     /// This CH opens the file of a private mapping for writing, and its balloon punches holes
     /// into it.

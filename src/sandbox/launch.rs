@@ -13,13 +13,14 @@ use super::untouched::Ran;
 use crate::deadline::Deadline;
 use crate::envd::init::{Init, Lifecycle};
 use crate::ids::{SandboxId, SlotIndex, TemplateId};
-use crate::plan::{MemoryMode, RootDisk};
+use crate::plan::{MemoryMode, PassedOver, PlanError, RootDisk, Unfit};
 use crate::resource::disk::DiskMode;
 use crate::resource::net::{CreateError, Slot};
 use crate::resource::slot::SlotError;
-use crate::restore::Gate;
 use crate::restore::kit::Kit;
-use crate::timeline::Timeline;
+use crate::restore::{self, Gate, Stage};
+use crate::snapshot::{ClaimError, OwnError, SealError, SnapshotDir, make_own};
+use crate::timeline::{Phase, Timeline};
 use crate::units::Bytes;
 
 /// How a sandbox is launched.
@@ -34,8 +35,17 @@ pub struct LaunchOptions {
     pub slot: Option<SlotIndex>,
     /// Which kind of disk; absent: the host's choice.
     pub disk_mode: Option<DiskMode>,
-    /// How its memory comes back; absent: the best that works.
+    /// How its memory comes back; absent: the best that works. [`MemoryMode::Shared`]: in a
+    /// file of its own that shares the template's blocks, or the launch fails.
     pub memory_mode: Option<MemoryMode>,
+    /// Where the mode is left open: `Shared` comes before `Map` where the file system can
+    /// share blocks (XFS, btrfs). The first pause then writes no memory; but pages that are
+    /// not in the sandbox's own file's page cache come from the disk, and clones have none in
+    /// common.
+    pub own_memory: bool,
+    /// Keeps a list of the memory that it needed until it was ready with the template, for the
+    /// next launches to read ahead. How that went is noted in the timeline.
+    pub record_working_set: bool,
     /// When to give up. [`Deadline::NEVER`]: the host's patience.
     pub deadline: Deadline,
 }
@@ -48,6 +58,8 @@ impl Default for LaunchOptions {
             slot: None,
             disk_mode: None,
             memory_mode: None,
+            own_memory: false,
+            record_working_set: false,
             deadline: Deadline::NEVER,
         }
     }
@@ -84,18 +96,24 @@ pub(crate) fn prepare(
         .map_err(|full| failed(Cause::Full(full)))?;
     let hold = begin(ctx, &id, source).map_err(failed)?;
     let mut making = Making::new(hold, Operation::Launch, place, timeline, deadline);
-    if let Err(cause) = acquire(ctx, source, &options, &mut making) {
-        return Err(making.abandon(cause, Ran::No));
+    let acquired = acquire(ctx, source, &options, &mut making)
+        .and_then(|()| own_memory(ctx, source, &options, &mut making));
+    let own = match acquired {
+        Ok(own) => own,
+        Err(cause) => return Err(making.abandon(cause, Ran::No)),
+    };
+    if options.record_working_set {
+        making.record_into = Some(source.snapshot.clone());
     }
     let gate = gate(&making.hold.dir);
     let mode = options.memory_mode;
     let init = told(options.init, &id, source.template.as_ref());
     let sandbox_dir = source.sandbox_dir.clone();
     making.specify(
-        &source.snapshot,
+        own.as_ref().unwrap_or(&source.snapshot),
         |inputs| {
             inputs.template_id.clone_from(&source.template);
-            inputs.memory_mode = Context::memory_policy(mode, false);
+            inputs.memory_mode = Context::memory_policy(mode, own.is_some());
             if let (Some(sandbox_dir), RootDisk::At(device)) = (sandbox_dir, &inputs.disk) {
                 inputs.disk = RootDisk::AtRecordedPath {
                     device: device.clone(),
@@ -170,6 +188,61 @@ fn acquire(
     let mut status = making.hold.status();
     status.slot = making.slot_index();
     making.hold.change(status)
+}
+
+/// The template's snapshot as the sandbox's own, where that is wanted and can be: its life
+/// before the first. The template's own memory file is never written to.
+fn own_memory(
+    ctx: &Context,
+    source: &Source,
+    options: &LaunchOptions,
+    making: &mut Making,
+) -> Result<Option<PathBuf>, Cause> {
+    let must = options.memory_mode == Some(MemoryMode::Shared);
+    if !must && !(options.own_memory && options.memory_mode.is_none()) {
+        return Ok(None);
+    }
+    let refused = |cause: restore::Cause| Cause::Restore {
+        stage: Stage::Check,
+        source: Box::new(cause),
+        log: Vec::new(),
+    };
+    let template = SnapshotDir::open(&source.snapshot, &ctx.config.snapshot_limits)
+        .map_err(|error| refused(error.into()))?;
+    let own = making.hold.dir.snapshot(0);
+    let reason = match make_own(&template, &own, &ctx.config.faults) {
+        Ok(()) => {
+            making.timeline.mark(Phase::MemoryOwned);
+            return Ok(Some(own));
+        }
+        Err(OwnError::File { path, source }) => return Err(file("make", &path)(source.into())),
+        Err(OwnError::NotMappable(reason)) => Unfit::NotMappable(reason),
+        Err(OwnError::NoFile) => Unfit::NoFile,
+        Err(OwnError::Claim(ClaimError::Busy { file })) => Unfit::InUse { file },
+        Err(OwnError::Claim(error)) => return Err(refused(error.into())),
+        Err(OwnError::Space(SealError::NoSpace { free, needed, .. })) => {
+            Unfit::NoRoom { free, needed }
+        }
+        Err(OwnError::Space(error)) => return Err(Cause::Seal(error)),
+        Err(OwnError::Clone { file, source }) => Unfit::NotShared {
+            file,
+            error: source,
+        },
+    };
+    let mode = MemoryMode::Shared;
+    if must {
+        return Err(match reason {
+            Unfit::NoRoom { free, needed } => Cause::Full(Full::Disk {
+                path: own,
+                available: free,
+                needed,
+            }),
+            reason => refused(PlanError::MemoryMode { mode, reason }.into()),
+        });
+    }
+    let passed = PassedOver { mode, reason };
+    making.timeline.note(format!("Memory mode {passed}"));
+    Ok(None)
 }
 
 fn slot(

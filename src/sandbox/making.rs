@@ -6,7 +6,7 @@
 //! [`Making::conclude`]; a making that is dropped before is undone.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -21,6 +21,7 @@ use super::untouched::Ran;
 use crate::deadline::Deadline;
 use crate::envd::init::Init;
 use crate::ids::SlotIndex;
+use crate::memory::WorkingSet;
 use crate::plan::{MemoryMode, RestoreInputs, RootDisk};
 use crate::resource::disk::{Disk, DiskFailure};
 use crate::resource::ledger::{Step, StepLog};
@@ -85,6 +86,8 @@ pub(crate) struct Making {
     /// The process that waits in the slot, where one does.
     kit: Option<Kit>,
     spec: Option<RestoreSpec>,
+    /// Where the memory that it needed until it was ready is noted, if anywhere.
+    pub(crate) record_into: Option<PathBuf>,
     /// Its place among those that the host has let in.
     _place: Place,
     concluded: bool,
@@ -110,6 +113,7 @@ impl Making {
             disk: None,
             kit: None,
             spec: None,
+            record_into: None,
             _place: place,
             concluded: false,
         }
@@ -230,7 +234,10 @@ impl Making {
             return Err(self.unrecorded(restored, error));
         }
         self.concluded = true;
-        let timeline = restored.timeline.clone();
+        let mut timeline = restored.timeline.clone();
+        if let Some(template) = &self.record_into {
+            timeline.note(record(restored.vmm.pid(), template));
+        }
         // What was read of its log is in no pipe any more.
         let log = restored.vmm.log.tail();
         if !log.is_empty()
@@ -333,5 +340,17 @@ impl Drop for Making {
                 log::warn!("Left over: {remains}");
             }
         }
+    }
+}
+
+/// Notes which memory a VM needed so far with its template; the result says how that went.
+fn record(pid: u32, template: &Path) -> String {
+    let recorded = WorkingSet::record(pid).and_then(|set| {
+        set.save(template)?;
+        Ok(set.size())
+    });
+    match recorded {
+        Ok(size) => format!("A working set of {size} was recorded"),
+        Err(error) => format!("No working set was recorded: {error}"),
     }
 }

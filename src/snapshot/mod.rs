@@ -16,6 +16,7 @@ pub mod extents;
 pub mod image;
 pub mod layout;
 pub mod memory;
+pub mod own;
 pub mod review;
 pub mod rewrite;
 pub mod run_dir;
@@ -31,6 +32,7 @@ pub use image::{
 };
 pub use layout::{MemoryLayout, MemorySource, NotMappable};
 pub use memory::{MemoryError, MemoryState, RamMapping, SavedRange};
+pub use own::{OwnError, make_own};
 pub use review::{HostItem, HostItemKind, review};
 pub use rewrite::{
     ConfigOverrides, ConfigRefusal, ConsoleOverride, DiskOverride, HostPathPolicy, MemoryBacking,

@@ -7,9 +7,11 @@
 //!                       memory           guest memory, mapped from a file; or
 //!                       memory-ranges    as Cloud Hypervisor wrote it
 //!                       rootfs.raw       the root disk, shared by all clones
+//!                       working-set      which pages its clones need first, once recorded
 //! ```
 //!
-//! A template never changes. It is made in a staging directory beside the others and gets its
+//! A template never changes, but for the working set, which is a hint: it may come later, be
+//! replaced, or be missing or damaged, and only costs time then. It is made in a staging directory beside the others and gets its
 //! name when all of it is on the disk, in one step that never replaces anything; it loses its
 //! name in one step, too, and only when nobody uses it. So a crash leaves the whole template
 //! or none, and [`TemplateStore::sweep`] clears away the rest.
@@ -36,6 +38,7 @@ use rustix::io::Errno;
 
 use crate::fault::Faults;
 use crate::ids::TemplateId;
+use crate::memory::{WorkingSet, WorkingSetError};
 use crate::plan::RootDisk;
 
 pub use build::{
@@ -111,6 +114,20 @@ impl Template {
     #[must_use]
     pub fn memory_image(&self) -> PathBuf {
         self.dir.join(self.manifest.memory.image.file_name())
+    }
+
+    /// The pages that its clones need first; `None` where nobody has recorded them.
+    ///
+    /// # Errors
+    /// [`WorkingSetError`]. A clone is launched without it then.
+    pub fn working_set(&self) -> Result<Option<WorkingSet>, WorkingSetError> {
+        let directory = std::fs::File::open(&self.dir);
+        let directory = directory.map_err(|source| WorkingSetError::File {
+            path: self.dir.clone(),
+            call: "open",
+            source,
+        })?;
+        WorkingSet::load(directory)
     }
 
     /// The image that disks of its clones stand on; `None` where the guest has no disk.

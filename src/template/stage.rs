@@ -30,6 +30,7 @@ use super::store::{TemplateStore, sync_directory};
 use super::{Template, check};
 use crate::fault::Faults;
 use crate::ids::TemplateId;
+use crate::memory::WORKING_SET_FILE;
 use crate::resource::disk::BaseIdentity;
 use crate::resource::ledger::{Step, StepLog};
 use crate::snapshot::dir::{CONFIG_FILE, STATE_FILE};
@@ -41,13 +42,14 @@ pub(super) const STAGE_PREFIX: &str = ".stage-";
 /// Begins the names of templates that are being removed.
 pub(super) const GONE_PREFIX: &str = ".gone-";
 /// What a template may consist of.
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
     MANIFEST_FILE,
     CONFIG_FILE,
     STATE_FILE,
     MEMORY_FILE,
     ZONE_FILE,
     ROOTFS_FILE,
+    WORKING_SET_FILE,
 ];
 
 /// What the files of a snapshot do not tell of a template.

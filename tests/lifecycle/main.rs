@@ -10,6 +10,7 @@ mod deaths;
 mod faults;
 mod lab;
 mod many;
+mod own_memory;
 mod real;
 mod reboot;
 mod story;

@@ -28,7 +28,7 @@ const ROUNDS_VARIABLE: &str = "REWAKE_ROUNDS";
 const FREE_PAGE: u64 = 8192;
 
 /// Real Cloud Hypervisor, or said aloud why not.
-fn real(lab: &Lab, test: &str) -> Option<LaunchSpec> {
+pub(super) fn real(lab: &Lab, test: &str) -> Option<LaunchSpec> {
     let Some(program) = find_program("cloud-hypervisor") else {
         skip(test, "there is no cloud-hypervisor on PATH");
         return None;
@@ -70,14 +70,14 @@ fn shim(lab: &Lab) -> Option<PathBuf> {
     made.is_ok_and(|it| it.success()).then_some(library)
 }
 
-fn config(lab: &Lab, vmm: &LaunchSpec) -> HostConfig {
+pub(super) fn config(lab: &Lab, vmm: &LaunchSpec) -> HostConfig {
     let mut config = lab.config(&[]);
     config.vmm = vmm.clone();
     config.disk_mode = DiskMode::Auto;
     config
 }
 
-fn template(lab: &Lab, host: &Host) -> Template {
+pub(super) fn template(lab: &Lab, host: &Host) -> Template {
     let (kernel, image) = (lab.net.dir.join("guest"), lab.net.dir.join("image.raw"));
     probe_guest::write_to(&kernel).unwrap();
     std::fs::write(&image, vec![5; 1 << 20]).unwrap();
@@ -100,7 +100,7 @@ fn get(sandbox: &Sandbox, target: &str) -> Value {
 }
 
 /// What the guest remembers, with all that it has ever been given checked.
-struct Ledger {
+pub(super) struct Ledger {
     nonce: String,
     counter: u64,
     /// What each round wrote, by its first page.
@@ -108,7 +108,7 @@ struct Ledger {
 }
 
 impl Ledger {
-    fn open(sandbox: &Sandbox) -> Self {
+    pub(super) fn open(sandbox: &Sandbox) -> Self {
         let probe = get(sandbox, "/probe");
         Self {
             nonce: probe["nonce"].as_str().unwrap().to_owned(),
@@ -117,7 +117,7 @@ impl Ledger {
         }
     }
 
-    fn check(&mut self, sandbox: &Sandbox, case: &str) {
+    pub(super) fn check(&mut self, sandbox: &Sandbox, case: &str) {
         let probe = get(sandbox, "/probe");
         assert_eq!(probe["nonce"], self.nonce, "{case}");
         let counter = probe["counter"].as_u64().unwrap();
@@ -138,7 +138,7 @@ impl Ledger {
         }
     }
 
-    fn write(&mut self, sandbox: &Sandbox, round: u64) {
+    pub(super) fn write(&mut self, sandbox: &Sandbox, round: u64) {
         let (page, value) = (FREE_PAGE + 40 * round, 1_000_000 * (round + 1));
         let target = format!("/probe/word?page={page}&pages=16&value={value}");
         let agent = sandbox.agent().unwrap();
@@ -196,6 +196,49 @@ fn root_kvm_rounds_in_every_sequence_of_memory_modes_lose_nothing() {
     assert!(std::fs::read(template.memory_image()).unwrap() == ram);
     host.templates().remove(template.id(), soon()).unwrap();
     assert_eq!(lab.census(), before);
+}
+
+#[test]
+fn root_kvm_a_launch_records_what_the_next_ones_read_ahead() {
+    let test = "root_kvm_a_launch_records_what_the_next_ones_read_ahead";
+    let Some(lab) = Lab::new(test) else { return };
+    let Some(vmm) = real(&lab, test) else { return };
+    let host = Host::open(config(&lab, &vmm)).unwrap();
+    let template = template(&lab, &host);
+    let launch = |record_working_set, memory_mode| {
+        let options = LaunchOptions {
+            record_working_set,
+            memory_mode,
+            ..LaunchOptions::default()
+        };
+        let sandbox = host
+            .launch(&template, options)
+            .unwrap_or_else(|error| panic!("{}", chain(&error)));
+        let notes = sandbox.timeline().notes().to_vec();
+        Ledger::open(&sandbox);
+        sandbox.destroy().unwrap();
+        notes
+    };
+    let has = |notes: &[String], start: &str| notes.iter().any(|note| note.starts_with(start));
+    // Memory that was read is in no file's mapping; the sandbox runs all the same.
+    let notes = launch(true, Some(MemoryMode::Copy));
+    assert!(has(&notes, "No working set was recorded: "), "{notes:?}");
+    assert_eq!(template.working_set().unwrap(), None);
+
+    let notes = launch(true, None);
+    let set = template.working_set().unwrap().unwrap();
+    let recorded = format!("A working set of {} was recorded", set.size());
+    assert!(has(&notes, &recorded), "{notes:?}");
+    assert!(
+        set.size() > Bytes(0) && set.end() <= Bytes::mib(64),
+        "{set:?}"
+    );
+    host.template("probe").unwrap();
+
+    let notes = launch(false, None);
+    let read = format!("A working set of {} is read ahead", set.size());
+    assert!(has(&notes, &read), "{notes:?}");
+    host.templates().remove(template.id(), soon()).unwrap();
 }
 
 #[test]

@@ -119,7 +119,14 @@ fn people_build_list_show_import_and_remove_templates() {
     let show = [&["show", "python"][..], &vmm].concat();
     let (code, shown) = rewake(&root, &show);
     assert_eq!((code, &shown["usable"]), (0, &Value::Bool(true)), "{shown}");
+    assert_eq!(shown["working_set"], Value::Null, "{shown}");
+    let set = rewake::memory::WorkingSet::of_pages(vec![1, 2, 700]);
+    set.save(&root.join("templates/python")).unwrap();
+    let (_, shown) = rewake(&root, &show);
+    let expected = serde_json::json!({"bytes": 3 * 4096, "extents": 2});
+    assert_eq!(shown["working_set"], expected, "{shown}");
     let (_, shown, _) = told(&root, &show);
+    assert!(shown.contains("working set 12 KiB in 2 pieces"), "{shown}");
     assert!(
         shown.contains("check       it is whole and can run here"),
         "{shown}"

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use rewake::fault::Faults;
+use rewake::memory::{WORKING_SET_FILE, WorkingSet};
 use rewake::plan::RootDisk;
 use rewake::template::{
     DiskPath, ImportDisk, ImportError, ImportSpec, Kind, Manifest, MemoryImage, PathStrategy,
@@ -99,6 +100,28 @@ impl Source {
             .collect();
         names.sort();
         names
+    }
+}
+
+#[test]
+fn a_working_set_comes_along_where_it_is_of_this_memory() {
+    let pages = |pages| WorkingSet::of_pages(pages);
+    let cases = [
+        ("whole", Some(pages(vec![5, 600])), true),
+        ("of more memory", Some(pages(vec![5, 1 << 20])), false),
+        ("damaged", None, false),
+    ];
+    for (case, set, kept) in cases {
+        let source = Source::linux("set");
+        match &set {
+            Some(set) => set.save(&source.dir).unwrap(),
+            None => fs::write(source.dir.join(WORKING_SET_FILE), "something").unwrap(),
+        }
+        let before = source.census();
+        let template = source.import(&source.spec()).unwrap();
+        let found = template.working_set().unwrap();
+        assert_eq!(found, set.filter(|_| kept), "{case}");
+        assert_eq!(source.census(), before, "{case}");
     }
 }
 

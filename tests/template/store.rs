@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use rewake::fault::Faults;
 use rewake::ids::SandboxId;
+use rewake::memory::{WORKING_SET_FILE, WorkingSet};
 use rewake::resource::disk::{DiskConfig, DiskKind, DiskMode, DiskPool};
 use rewake::resource::ledger::Step;
 use rewake::template::{
@@ -122,6 +123,33 @@ fn what_does_not_belong_into_a_template_is_not_published() {
         matches!(refused, TemplateError::Damaged { .. }),
         "{refused:?}"
     );
+    assert!(root.names().is_empty());
+}
+
+#[test]
+fn a_working_set_belongs_to_a_template_and_harms_nothing_when_it_is_damaged() {
+    let root = Root::new("set");
+    let store = root.store(Faults::NONE);
+    let id = name("python");
+    let set = WorkingSet::of_pages(vec![1, 2, 3, 700]);
+    let (stage, manifest) = staged(&store, &id).unwrap();
+    set.save(stage.path()).unwrap();
+    let template = store.publish(stage, &manifest).unwrap();
+    assert_eq!(template.working_set().unwrap(), Some(set));
+    // It may be replaced, be damaged, or be gone, and the template is whole.
+    let other = WorkingSet::of_pages(vec![77]);
+    other.save(template.dir()).unwrap();
+    assert_eq!(template.working_set().unwrap(), Some(other));
+    let path = template.dir().join(WORKING_SET_FILE);
+    for damaged in [&b""[..], b"something"] {
+        fs::write(&path, damaged).unwrap();
+        template.working_set().unwrap_err();
+        template.check(&HostFacts::default()).unwrap();
+    }
+    fs::remove_file(&path).unwrap();
+    assert_eq!(template.working_set().unwrap(), None);
+    template.check(&HostFacts::default()).unwrap();
+    store.remove(&id, soon()).unwrap();
     assert!(root.names().is_empty());
 }
 

@@ -30,6 +30,15 @@ pub(in crate::cli) struct LaunchArgs {
     /// Its network slot [default: the next that is free]
     #[arg(long, value_name = "INDEX")]
     slot: Option<u16>,
+    /// Give it a memory file of its own, where the file system shares blocks between files
+    /// (XFS, btrfs): its first pause then writes no memory, but it has no pages in common
+    /// with other clones. Elsewhere it maps the template's, and the timeline says why
+    #[arg(long)]
+    own_memory: bool,
+    /// Keep a list of the memory that it needed until it was ready with the template; the
+    /// next launches read it ahead
+    #[arg(long)]
+    record_working_set: bool,
     #[command(flatten)]
     life: LifeArgs,
 }
@@ -119,6 +128,8 @@ pub(in crate::cli) fn launch(args: &LaunchArgs, global: Global) -> Result<(), Fa
         slot: args.slot.map(SlotIndex::new).transpose()?,
         disk_mode: Some(args.disk_mode.into()),
         memory_mode: args.life.memory_mode.only(),
+        own_memory: args.own_memory,
+        record_working_set: args.record_working_set,
         deadline: args.life.host.deadline()?,
     };
     let progress = Progress::start(format!("launch from {}", args.template), !global.json);

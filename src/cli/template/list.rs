@@ -85,6 +85,11 @@ pub(super) fn template_document(template: &Template) -> Value {
         "memory": template.memory_image(),
         "memory_allocated_bytes": allocated(&template.memory_image()).map(|it| it.0),
         "manifest": template.manifest(),
+        "working_set": match template.working_set() {
+            Ok(None) => Value::Null,
+            Ok(Some(set)) => json!({"bytes": set.size().0, "extents": set.extents().len()}),
+            Err(error) => json!({"error": chain(&error)}),
+        },
     })
 }
 
@@ -108,6 +113,18 @@ fn row(entry: &Entry) -> Vec<String> {
         age(manifest.created, Timestamp::now()),
         in_use(&entry.users),
     ]
+}
+
+/// What its clones read ahead.
+fn working_set(template: &Template) -> String {
+    match template.working_set() {
+        Ok(None) => String::new(),
+        Ok(Some(set)) => match set.extents().len() {
+            1 => format!("{} in one piece", set.size()),
+            pieces => format!("{} in {pieces} pieces", set.size()),
+        },
+        Err(error) => format!("not used: {}", chain(&error)),
+    }
 }
 
 fn disk(template: &Template) -> String {
@@ -228,6 +245,7 @@ fn lines(template: &Template, users: &Users) -> Vec<(&'static str, String)> {
                 memory.image.file_name()
             ),
         ),
+        ("working set", working_set(template)),
         ("vcpus", manifest.vcpus.to_string()),
         ("disk", disk(template)),
         ("vmm", format!("{version} {}", manifest.vmm.build)),

@@ -21,11 +21,12 @@ use super::stage::{Origin, Stage};
 use super::store::TemplateStore;
 use crate::deadline::Deadline;
 use crate::ids::{IfName, SandboxId, TemplateId};
+use crate::memory::WorkingSet;
 use crate::plan::{self, Circumstances, PlanError, RestoreInputs, RootDisk};
 use crate::resource::disk::{BaseIdentity, DiskError, DiskPool};
 use crate::snapshot::dir::{CONFIG_FILE, STATE_FILE};
 use crate::snapshot::extents::{PunchError, Puncher};
-use crate::snapshot::{MEMORY_FILE, SnapshotDir, SnapshotLimits, ZONE_FILE};
+use crate::snapshot::{MEMORY_FILE, MemoryFile, SnapshotDir, SnapshotLimits, ZONE_FILE};
 use crate::units::Bytes;
 use crate::vm_config::VmConfig;
 use crate::vmm::api::Version;
@@ -222,6 +223,7 @@ pub fn import(
     if let Some(meta) = &meta {
         agree(meta, &snapshot)?;
     }
+    import.bring_working_set(&snapshot)?;
     let base = import.bring_disk(snapshot.config(), meta.as_ref())?;
     let disk_path = import.choose_path(&snapshot, meta.as_ref())?;
     if spec.punch_zeros && spec.transfer != Transfer::Link {
@@ -277,6 +279,29 @@ impl Import<'_> {
             (None, None, Some(_)) => self.bring(&zone, ZONE_FILE, transfer),
             (None, None, None) => Ok(()),
         }
+    }
+
+    /// The list of pages that a guest needs first, where the source has one that is of this
+    /// memory file.
+    fn bring_working_set(&self, snapshot: &SnapshotDir) -> Result<(), ImportError> {
+        let source = &self.spec.source;
+        let directory = call(self.store.faults(), about("open", source), || {
+            std::fs::File::open(source).named("open")
+        })?;
+        let length = snapshot.memory().map(MemoryFile::size).unwrap_or_default();
+        let kept = match WorkingSet::load(directory) {
+            Ok(Some(set)) if set.end() <= length => set.save(self.stage.path()),
+            Ok(Some(_)) => {
+                log::warn!("{}: its working set is of other memory", source.display());
+                Ok(())
+            }
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = kept {
+            log::warn!("{}: its working set is left out: {error}", source.display());
+        }
+        Ok(())
     }
 
     fn bring(
