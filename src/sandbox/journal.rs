@@ -322,6 +322,14 @@ fn read(path: &Path) -> Result<(Story, u64), JournalError> {
     parse(&text).ok_or_else(foreign)
 }
 
+/// Whether nothing of a journal ever got to the disk: a loss of power soon after it was made
+/// leaves its name, and no bytes or zeros under it.
+pub(crate) fn is_blank(path: &Path) -> bool {
+    let length = std::fs::metadata(path).map(|found| found.len());
+    let zeros = |text: Vec<u8>| text.iter().all(|byte| *byte == 0);
+    length.is_ok_and(|length| length <= MAX_BYTES) && std::fs::read(path).is_ok_and(zeros)
+}
+
 /// The story that the whole lines of a journal tell, and how many bytes they take. `None`
 /// where the first line is not of a journal of this version.
 #[must_use]
@@ -440,6 +448,16 @@ mod tests {
         }
         assert!(states.is_sorted_by_key(|state| *state == State::Running));
         assert_eq!(states.last(), Some(&State::Running));
+    }
+
+    #[test]
+    fn a_journal_that_never_got_to_the_disk_is_told_from_one_that_is_damaged() {
+        let scratch = Scratch::new("blank");
+        assert!(!is_blank(&scratch.0), "it is not there");
+        for (text, blank) in [(&b""[..], true), (&[0; 700], true), (b"\0\0{", false)] {
+            std::fs::write(&scratch.0, text).unwrap();
+            assert_eq!(is_blank(&scratch.0), blank, "{text:?}");
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ use super::context::Context;
 use super::dir::{self, SandboxDir};
 use super::error::{Cause, Error, Operation, Remains, file};
 use super::hold::{Hold, is_gone};
+use super::journal::is_blank;
 use super::kept::{forget_snapshots, keep_slot, put_back};
 use super::live::Live;
 use super::pause::release;
@@ -163,6 +164,12 @@ fn one(ctx: &Arc<Context>, id: &SandboxId, deadline: Deadline) -> Result<Fate, E
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Fate::Gone),
         Err(error) => return Err(failed(file("lock", dir.path())(error))),
     };
+    if is_blank(&dir.journal()) {
+        // The power went while it was being launched, and with it all that it had but files.
+        dir.remove()
+            .map_err(|error| failed(file("remove", dir.path())(error)))?;
+        return Ok(Fate::Reclaimed);
+    }
     let hold = match Hold::locked(ctx, id, dir, lock) {
         Ok(hold) => hold,
         Err(Cause::Journal(error)) if is_gone(&error) => return Ok(Fate::Gone),
