@@ -7,19 +7,20 @@
 
 mod machine;
 
+use std::fmt;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use machine::restored::{Marks, Restored, frozen, listing, restore_command};
 use machine::{Guest, Namespace, STEP_LIMIT, Scratch, Vm, api, plain_options, run};
 use rewake::memory::{Saving, Usage, usage};
 
-/// What is alive at once in the mode that shares memory, and in those that do not.
+/// What is alive at once in the mode that shares memory, and in those that do not. With this
+/// variable as many of the latter: 20 take 5 GiB of memory, and some minutes.
 const CLONES: usize = 20;
 const COSTLY_CLONES: usize = 3;
-
-const MIB: u64 = 1 << 20;
+const COSTLY_CLONES_VARIABLE: &str = "REWAKE_CLONES";
 
 fn pid(restored: &Restored) -> u32 {
     u32::try_from(restored.answer["pid"].as_u64().unwrap()).unwrap()
@@ -30,6 +31,7 @@ struct Sibling {
     namespace: Namespace,
     restored: Restored,
     written: String,
+    own_snapshot: Option<PathBuf>,
 }
 
 impl Sibling {
@@ -37,13 +39,30 @@ impl Sibling {
         let namespace = Namespace::new(&format!("rwtest-clone{number}"));
         let own = scratch.join(&format!("disk-{number}.raw"));
         run("cp", [Path::new("--sparse=always"), disk, &own]);
-        let mut command = restore_command(&namespace, snapshot);
+        let mut snapshot = snapshot.to_owned();
+        if mode == "shared" {
+            // Its memory file is its own, as after its first pause.
+            let copy = scratch.join(&format!("snapshot-{number}"));
+            let words = [Path::new("--sparse=always"), Path::new("-r")];
+            run("cp", words.into_iter().chain([&*snapshot, &*copy]));
+            snapshot = copy;
+        }
+        let mut command = restore_command(&namespace, &snapshot);
         command.arg("--disk").arg(own);
         let restored = Restored::by(command, mode);
         Self {
             namespace,
             restored,
             written: String::new(),
+            own_snapshot: (mode == "shared").then_some(snapshot),
+        }
+    }
+
+    /// Ends it; what was its own goes with it.
+    fn end(self) {
+        self.restored.shut_down();
+        if let Some(own) = self.own_snapshot {
+            fs::remove_dir_all(own).unwrap();
         }
     }
 
@@ -87,11 +106,14 @@ fn vm_clones_share_a_template_and_leave_it_as_it_was() {
     drop(namespace);
     let before = listing(&snapshot);
 
-    let mut private = Vec::new();
+    let costly = std::env::var(COSTLY_CLONES_VARIABLE).ok();
+    let costly = costly.map_or(COSTLY_CLONES, |it| it.parse().unwrap());
+    let mut rows = Vec::new();
     for (mode, count) in [
         ("map", CLONES),
-        ("on-demand", COSTLY_CLONES),
-        ("copy", COSTLY_CLONES),
+        ("shared", costly),
+        ("on-demand", costly),
+        ("copy", costly),
     ] {
         let mut clones: Vec<Sibling> = Vec::new();
         for number in 0..count {
@@ -103,18 +125,7 @@ fn vm_clones_share_a_template_and_leave_it_as_it_was() {
             clones.push(clone);
         }
         let usages: Vec<_> = clones.iter().map(Sibling::usage).collect();
-        let mut costs: Vec<_> = usages.iter().map(|usage| usage.guest.private.0).collect();
-        costs.sort_unstable();
-        let median = costs[costs.len() / 2];
-        let saving = Saving::of(&usages);
-        println!(
-            "{mode}, {count} clones of 256 MiB alive: private memory {:.2} MiB each (median), \
-             {:.1} MiB together, {:.1} MiB saved by sharing",
-            median as f64 / MIB as f64,
-            saving.together.0 as f64 / MIB as f64,
-            saving.saved().0 as f64 / MIB as f64,
-        );
-        private.push((mode, median));
+        rows.push(Row::of(mode, &usages));
         if mode == "map" {
             for clone in &mut clones {
                 clone.stand_still(false);
@@ -127,22 +138,61 @@ fn vm_clones_share_a_template_and_leave_it_as_it_was() {
                 clone.stand_still(true);
             }
         }
-        for clone in clones {
-            clone.restored.shut_down();
-        }
+        clones.into_iter().for_each(Sibling::end);
         assert_eq!(
             listing(&snapshot),
             before,
             "{mode}: the template was changed"
         );
     }
-    let of = |wanted: &str| private.iter().find(|(mode, _)| *mode == wanted).unwrap().1;
-    assert!(
-        of("map") * 30 <= of("on-demand"),
-        "map {}, on-demand {}",
-        of("map"),
-        of("on-demand")
-    );
+    println!("clones of 256 MiB alive at once, guest memory in MiB:");
+    println!("mode       clones  private each  at most  together  saved");
+    for row in &rows {
+        println!("{row}");
+    }
+    let of = |wanted: &str| rows.iter().find(|row| row.mode == wanted).unwrap().private;
+    let (map, on_demand) = (of("map"), of("on-demand"));
+    assert!(map * 30 <= on_demand, "map {map}, on-demand {on_demand}");
+}
+
+/// What the clones of one mode cost.
+struct Row {
+    mode: &'static str,
+    clones: usize,
+    /// Of each, at the median and at most.
+    private: u64,
+    most: u64,
+    saving: Saving,
+}
+
+impl Row {
+    fn of(mode: &'static str, usages: &[Usage]) -> Self {
+        let mut costs: Vec<_> = usages.iter().map(|usage| usage.guest.private.0).collect();
+        costs.sort_unstable();
+        Self {
+            mode,
+            clones: costs.len(),
+            private: costs[costs.len() / 2],
+            most: costs[costs.len() - 1],
+            saving: Saving::of(usages),
+        }
+    }
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: u64| bytes as f64 / (1 << 20) as f64;
+        write!(
+            f,
+            "{:10} {:>6} {:>13.2} {:>8.2} {:>9.1} {:>6.1}",
+            self.mode,
+            self.clones,
+            mib(self.private),
+            mib(self.most),
+            mib(self.saving.together.0),
+            mib(self.saving.saved().0),
+        )
+    }
 }
 
 /// Until CH's thread that fills memory has ended.

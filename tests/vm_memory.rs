@@ -113,6 +113,38 @@ fn await_snapshot(socket: &Path, body: &str) {
     }
 }
 
+/// Rounds of restore and snapshot; more with this variable.
+const ROUNDS_VARIABLE: &str = "REWAKE_ROUNDS";
+/// The modes of a short run.
+const FIRST: [&str; 7] = [
+    "map",
+    "shared",
+    "shared",
+    "map",
+    "copy",
+    "shared",
+    "on-demand",
+];
+/// Then these, over and over: each after each, itself included (a de Bruijn sequence).
+const EVERY_PAIR: [&str; 16] = [
+    "shared",
+    "shared",
+    "map",
+    "shared",
+    "copy",
+    "shared",
+    "on-demand",
+    "map",
+    "map",
+    "copy",
+    "map",
+    "on-demand",
+    "copy",
+    "copy",
+    "on-demand",
+    "on-demand",
+];
+
 #[test]
 fn vm_a_guest_remembers_everything_in_whatever_order_of_modes() {
     let test = "vm_a_guest_remembers_everything_in_whatever_order_of_modes";
@@ -126,20 +158,17 @@ fn vm_a_guest_remembers_everything_in_whatever_order_of_modes() {
     let mut snapshot = scratch.join("snapshot");
     let vm = Vm::start(&namespace, &scratch, &plain_options(&disk, &scratch));
     let mut marks = frozen(vm, guest, &snapshot);
-    for (round, mode) in [
-        "map",
-        "shared",
-        "shared",
-        "map",
-        "copy",
-        "shared",
-        "on-demand",
-    ]
-    .into_iter()
-    .enumerate()
-    {
+    let rounds = std::env::var(ROUNDS_VARIABLE).ok();
+    let rounds = rounds.map_or(FIRST.len(), |it| it.parse().unwrap());
+    let modes = FIRST.iter().chain(EVERY_PAIR.iter().cycle());
+    for (round, mode) in modes.copied().take(rounds).enumerate() {
         let restored = Restored::new(&namespace, &snapshot, mode);
         check(&restored, guest, &marks, mode);
+        // All that was written in earlier rounds is there, and a little more comes.
+        guest.shell(&format!(
+            "mkdir -p /run/rounds && cd /run/rounds && if [ -s sums ]; then sha256sum -c -s sums; fi && \
+             head -c 200000 /dev/urandom >{round} && sha256sum {round} >>sums"
+        ));
         let next = scratch.join(&format!("snapshot.{round}"));
         marks = freeze(restored, guest, &next);
         let wrote = next.join("memory-ranges").exists();
@@ -152,6 +181,7 @@ fn vm_a_guest_remembers_everything_in_whatever_order_of_modes() {
         fs::remove_dir_all(&snapshot).unwrap();
         snapshot = next;
     }
+    println!("{rounds} rounds");
 }
 
 /// Bytes of the file that take up room.
