@@ -181,7 +181,7 @@ impl Row {
 
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mib = |bytes: u64| bytes as f64 / (1 << 20) as f64;
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         write!(
             f,
             "{:10} {:>6} {:>13.2} {:>8.2} {:>9.1} {:>6.1}",

@@ -199,7 +199,8 @@ fn own_memory(
     making: &mut Making,
 ) -> Result<Option<PathBuf>, Cause> {
     let must = options.memory_mode == Some(MemoryMode::Shared);
-    if !must && !(options.own_memory && options.memory_mode.is_none()) {
+    let wished = options.own_memory && options.memory_mode.is_none();
+    if !must && !wished {
         return Ok(None);
     }
     let refused = |cause: restore::Cause| Cause::Restore {
