@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Write as _;
 use std::path::Path;
 
+use rewake_sys::reflink;
 use rustix::fs::{Access, Mode, OFlags};
 use rustix::io::Errno;
 
@@ -174,8 +175,7 @@ fn shares_blocks(place: &Path, trial: &Trial) -> Option<bool> {
     };
     let mut writer = from;
     writer.write_all(&[1; 4096]).ok()?;
-    from.sync_data().ok()?;
-    Some(rustix::fs::ioctl_ficlone(&to, from).is_ok())
+    Some(reflink::clone_file(from, &to).is_ok())
 }
 
 fn free_space(place: &Path) -> Finding {

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use rewake_sys::CallError;
 use rewake_sys::error::Named;
+use rewake_sys::reflink;
 use rustix::fs::{Mode, OFlags, openat};
 
 use super::dir::{CONFIG_FILE, STATE_FILE, SnapshotDir};
@@ -93,8 +94,7 @@ pub fn make_own(from: &SnapshotDir, into: &Path, faults: &Faults) -> Result<(), 
     Ok(())
 }
 
-/// A memory file that shares all blocks with the template's (`FICLONE`, ioctl_ficlone(2)).
-/// What was written to that is brought to the disk first: unwritten extents may be missed.
+/// A memory file that shares all blocks with the template's.
 fn share(
     template: &MemoryClaim,
     name: &'static str,
@@ -103,8 +103,7 @@ fn share(
 ) -> Result<(), OwnError> {
     let file = create(&into.join(name), faults)?;
     let cloned = faults.syscall("snapshot.own-clone", || {
-        rustix::fs::fdatasync(template).named("fdatasync")?;
-        rustix::fs::ioctl_ficlone(&file, template).named("FICLONE")
+        reflink::clone_file(template, &file)
     });
     cloned.map_err(|failed| OwnError::Clone {
         file: name,

@@ -19,6 +19,7 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use rewake_sys::reflink;
 use rustix::fs::{self, AtFlags, CWD, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 
@@ -287,7 +288,7 @@ fn copy(
             fs::openat(directory, ZONE_FILE, flags, Mode::RUSR | Mode::WUSR)
         })
         .map_err(call(&path, "openat"))?;
-    let cloned = faults.call("snapshot.clone", || fs::ioctl_ficlone(&copy, &own));
+    let cloned = faults.syscall("snapshot.clone", || reflink::clone_file(&own, &copy));
     if cloned.is_ok() {
         return Ok(());
     }

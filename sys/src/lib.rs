@@ -11,6 +11,7 @@ pub mod loopdev;
 pub mod memslot;
 pub mod netns;
 pub mod process;
+pub mod reflink;
 pub mod tun;
 pub mod uffd;
 pub mod userns;

@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rewake_sys::error::Named;
+use rewake_sys::reflink;
 use rustix::fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 
@@ -129,34 +130,18 @@ pub(super) fn filesystem_free(path: &Path) -> Result<Bytes, DiskError> {
     Ok(Bytes(found.f_bavail.saturating_mul(found.f_frsize)))
 }
 
-/// Shares all blocks of one file with another, empty one (`FICLONE`). What was written to
-/// the source is brought to the disk first: unwritten extents may be missed.
-///
-/// Returns whether the file system could; it cannot across file systems, for instance.
+/// Shares all blocks of one file with another, empty one. Returns whether the file system
+/// could; it cannot across file systems, for instance.
 pub(super) fn clone(source: &File, to: &File, faults: &Faults) -> Result<bool, DiskError> {
-    call(faults, "write the image to the disk", || {
-        rustix::fs::fdatasync(source).named("fdatasync")
-    })?;
-    let cloned = call(faults, "share the image's blocks", || {
-        rustix::fs::ioctl_ficlone(to, source).named("FICLONE")
+    let cloned = faults.syscall("share the image's blocks", || {
+        reflink::clone_file(source, to)
     });
-    let cannot = [
-        Errno::XDEV,
-        Errno::OPNOTSUPP,
-        Errno::INVAL,
-        Errno::NOTTY,
-        Errno::NOSYS,
-    ];
     match cloned {
-        Err(error)
-            if cannot
-                .iter()
-                .any(|errno| error.errno() == Some(errno.raw_os_error())) =>
-        {
-            log::debug!("Blocks cannot be shared: {error}");
+        Err(failed) if reflink::is_unsupported(&failed.source) => {
+            log::debug!("Blocks cannot be shared: {}", failed.source);
             Ok(false)
         }
-        other => other.map(|()| true),
+        other => Ok(other.map(|()| true)?),
     }
 }
 

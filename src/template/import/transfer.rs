@@ -6,6 +6,7 @@ use std::path::Path;
 
 use rewake_sys::CallError;
 use rewake_sys::error::Named;
+use rewake_sys::reflink;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
@@ -50,27 +51,20 @@ impl Carrier<'_> {
         self.copy(&source, &target, to)
     }
 
-    /// Shares all blocks (`FICLONE`). What was written to the source is brought to the disk
-    /// first: unwritten extents may be missed.
+    /// Shares all blocks, where the file system can.
     fn clone_blocks(&self, source: &File, target: &File, to: &Path) -> Result<bool, ImportError> {
-        let cloned = call(self.faults, about("clone to", to), || {
-            rustix::fs::fdatasync(source).named("fdatasync")?;
-            rustix::fs::ioctl_ficlone(target, source).named("FICLONE")
-        });
-        let cannot = [
-            Errno::XDEV,
-            Errno::OPNOTSUPP,
-            Errno::INVAL,
-            Errno::NOTTY,
-            Errno::NOSYS,
-        ];
-        match cloned {
-            Err(error) if error.errno().is_some_and(|errno| cannot.contains(&errno)) => {
-                log::debug!("{}: blocks cannot be shared", to.display());
-                Ok(false)
-            }
-            other => Ok(other.map(|()| true)?),
-        }
+        let cloned = call(
+            self.faults,
+            about("clone to", to),
+            || match reflink::clone_file(source, target) {
+                Err(error) if reflink::is_unsupported(&error) => {
+                    log::debug!("{}: blocks cannot be shared: {error}", to.display());
+                    Ok(false)
+                }
+                other => other.map(|()| true),
+            },
+        );
+        Ok(cloned?)
     }
 
     fn copy(&mut self, source: &File, target: &File, to: &Path) -> Result<(), ImportError> {
