@@ -5,8 +5,13 @@
 //! agent does. Whatever a single connection does, be refused, fall silent, answer nonsense or
 //! without end, costs that one probe. How eagerly to probe is [`Hedge`]'s matter.
 //!
+//! Only one asks at a time, for the agent works for every question: a connection that comes to
+//! stand while another one waits for its answer keeps its own question back, and puts it when
+//! the other has failed or has waited for as long as a further probe would.
+//!
 //! A probe that is given up is closed. Towards the guest that is a SYN whose answer is met
-//! with RST, or a connection that ends before or after its request: nothing stays behind.
+//! with RST, or a connection that ends before or after its request: nothing stays behind. Those
+//! that lose are closed with the prober, by RST: that is one packet, which needs no answer.
 
 use std::fmt;
 use std::io;
@@ -275,10 +280,19 @@ impl Prober {
 
     /// Advances one probe; its answer, if that is complete now.
     fn tend_one(&mut self, index: usize, registry: &Registry, now: Instant) -> Option<Finished> {
+        let asks = |slot: &Option<Probe>| slot.as_ref().is_some_and(|it| it.connected.is_some());
+        let another_asks = self.slots.iter().any(asks);
         let probe = self.slots[index].as_mut()?;
+        if probe.exchange.times().connected.is_none() {
+            probe.exchange.hold(another_asks);
+        }
         let result = probe.exchange.advance(registry, now);
         let times = probe.exchange.times();
-        if let (Some(at), None) = (times.connected, probe.connected) {
+        if let (Some(at), None, false) =
+            (times.connected, probe.connected, probe.exchange.is_held())
+        {
+            // One that was held back begins to wait now.
+            let at = if another_asks { now } else { at };
             let waited = at.saturating_duration_since(self.probes.begun);
             let limit = self.schedule.hedge().answer_limit(waited);
             probe.connected = Some((at, at + limit));
@@ -362,7 +376,13 @@ impl Prober {
         registry: &Registry,
         now: Instant,
     ) -> ControlFlow<Result<Ready, ReadyError>> {
-        if self.full || !self.schedule.is_due(now) {
+        if !self.schedule.is_due(now) {
+            return ControlFlow::Continue(());
+        }
+        if let Some(index) = self.held() {
+            return self.let_go(index, registry, now);
+        }
+        if self.full {
             return ControlFlow::Continue(());
         }
         let Some(index) = self.room() else {
@@ -392,6 +412,32 @@ impl Prober {
         }
     }
 
+    /// The oldest connection that stands and has not asked.
+    fn held(&self) -> Option<usize> {
+        let slots = self.slots.iter().enumerate();
+        let held = slots.filter_map(|(index, slot)| {
+            let probe = slot.as_ref().filter(|it| it.exchange.is_held())?;
+            Some((probe.number, index))
+        });
+        held.min().map(|(_, index)| index)
+    }
+
+    /// Lets a connection ask that stands already.
+    fn let_go(
+        &mut self,
+        index: usize,
+        registry: &Registry,
+        now: Instant,
+    ) -> ControlFlow<Result<Ready, ReadyError>> {
+        if let Some(probe) = &mut self.slots[index] {
+            probe.exchange.hold(false);
+        }
+        match self.tend_one(index, registry, now) {
+            Some(finished) => self.winner(finished).map_break(Ok),
+            None => ControlFlow::Continue(()),
+        }
+    }
+
     /// A free slot, where need be one freed of a probe that nobody has answered yet.
     fn room(&mut self) -> Option<usize> {
         if let Some(index) = self.slots.iter().position(Option::is_none) {
@@ -399,7 +445,8 @@ impl Prober {
         }
         let unanswered = self.slots.iter().enumerate().filter_map(|(index, slot)| {
             let probe = slot.as_ref()?;
-            probe.connected.is_none().then_some((index, probe.number))
+            let silent = probe.exchange.times().connected.is_none();
+            silent.then_some((index, probe.number))
         });
         let index = give_up(unanswered)?;
         self.probes.given_up += 1;
@@ -415,6 +462,17 @@ impl Prober {
             // exchange asks the socket and reports it.
             Ok(()) | Err(Errno::INPROGRESS | Errno::INTR) => Ok(socket),
             Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Those that have not won end when this is dropped, which is a matter for the owner: the
+    /// guest has better to do first than to take part in it.
+    fn lose(&mut self) {
+        for probe in self.slots.iter().flatten() {
+            if let Some(stream) = probe.exchange.stream() {
+                // Where that fails, it ends with a FIN.
+                let _ = sockopt::set_socket_linger(stream, Some(Duration::ZERO));
+            }
         }
     }
 
@@ -457,15 +515,17 @@ impl Machine for Prober {
 
     fn advance(&mut self, registry: &Registry, now: Instant) -> ControlFlow<Self::Output> {
         let result = self.run(registry, now);
-        if result.is_break() {
-            // The losers are closed now, not when the owner gets round to dropping this.
-            self.slots.clear();
+        match &result {
+            ControlFlow::Break(Ok(_)) => self.lose(),
+            ControlFlow::Break(Err(_)) => self.slots.clear(),
+            ControlFlow::Continue(()) => {}
         }
         result
     }
 
     fn wake_at(&self) -> Option<Instant> {
-        let next = (!self.full).then(|| self.schedule.next_at());
+        let may_go_on = !self.full || self.held().is_some();
+        let next = may_go_on.then(|| self.schedule.next_at());
         let probes = self.slots.iter().flatten();
         let probes = probes.flat_map(|probe| {
             let until = probe.connected.map(|(_, until)| until);

@@ -52,6 +52,8 @@ pub struct Restoring {
     /// The tap has its reader, so probes can arrive.
     guest_may_hear: bool,
     prober: Option<Prober>,
+    /// Probes that did not win. They end after `/init`: each costs the guest a packet.
+    losers: Option<Prober>,
     ready: Option<Ready>,
     init: Init,
     ledger: Ledger,
@@ -117,6 +119,7 @@ impl Restoring {
                 // Without events nobody says when; a probe that is lost costs little.
                 guest_may_hear: spec.vmm.without_events,
                 prober: None,
+                losers: None,
                 ready: None,
                 init: Init::Waiting,
                 ledger: start.ledger,
@@ -369,7 +372,7 @@ impl Restoring {
                 self.timeline.mark_at(Phase::Ready, ready.at);
                 let (id, probes) = (&self.spec.inputs.sandbox_id, ready.probes);
                 log::info!("Sandbox {id}: envd is ready ({probes})");
-                self.prober = None;
+                self.losers = self.prober.take();
                 let connection = ready.connection.take();
                 self.ready = Some(ready);
                 self.begin_init(connection)
@@ -381,6 +384,7 @@ impl Restoring {
     /// it must not live until the next snapshot.
     fn begin_init(&mut self, connection: Option<Stream>) -> Result<(), Cause> {
         let Some(init) = &self.spec.init else {
+            self.losers = None;
             return Ok(());
         };
         let incarnation = Incarnation {
@@ -408,6 +412,7 @@ impl Restoring {
             ControlFlow::Continue(()) => Ok(()),
             ControlFlow::Break(Ok(acknowledged)) => {
                 self.timeline.mark_at(Phase::InitDone, acknowledged.at);
+                self.losers = None;
                 self.init = Init::Done(acknowledged);
                 Ok(())
             }

@@ -67,7 +67,6 @@ pub(super) fn check(args: &BenchArgs) -> Result<(), Impossible> {
 /// What was asked for and makes no difference, for whoever reads the results.
 pub(super) fn remarks(args: &BenchArgs) -> Vec<&'static str> {
     let has = |operation| args.operation.contains(&operation);
-    let conventionally = args.against.contains(&Rival::Conventional);
     let mut remarks = Vec::new();
     if has(Operation::Resume) {
         remarks.push("A resume takes nothing from pools: its slot and its disk are its own.");
@@ -78,10 +77,10 @@ pub(super) fn remarks(args: &BenchArgs) -> Vec<&'static str> {
              one variant each.",
         );
     }
-    if has(Operation::Pause) && conventionally {
+    if has(Operation::Pause) && !args.against.is_empty() {
         remarks.push(
-            "Conventionally a guest is paused whose memory was copied: what comes on demand \
-             cannot be frozen before all of it has come.",
+            "Rivals pause a guest whose memory was copied where it would come on demand: that \
+             cannot be frozen before all of it has come, and nobody waits for it there.",
         );
     }
     if args.against.contains(&Rival::Floor) && args.operation.iter().any(|it| it.writes()) {
@@ -208,6 +207,11 @@ impl Choices {
         match (arm, asked) {
             (Arm::Rival(Rival::Conventional), MemoryMode::Copy) => MemoryMode::Copy,
             (Arm::Rival(Rival::Conventional), _) if !restores => MemoryMode::Copy,
+            (Arm::Rival(Rival::Floor), MemoryMode::OnDemand)
+                if self.operation == Operation::Pause =>
+            {
+                MemoryMode::Copy
+            }
             (Arm::Rival(Rival::Conventional), _) => MemoryMode::OnDemand,
             (_, asked) => asked,
         }

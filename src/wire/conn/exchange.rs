@@ -52,6 +52,8 @@ pub struct Exchange {
     times: Times,
     /// Leaves a stream that may be used again with the poll that watches it.
     keeps: bool,
+    /// The request waits.
+    held: bool,
 }
 
 #[derive(Debug)]
@@ -161,6 +163,25 @@ impl Exchange {
             writable: true,
             times: Times::default(),
             keeps: false,
+            held: false,
+        }
+    }
+
+    /// Says whether the request waits, once the connection stands, until it is let go.
+    pub(crate) const fn hold(&mut self, held: bool) {
+        self.held = held;
+    }
+
+    /// Whether the connection stands and the request waits.
+    pub(crate) const fn is_held(&self) -> bool {
+        self.held && self.times.connected.is_some()
+    }
+
+    /// The socket, where the connection stands.
+    pub(crate) const fn stream(&self) -> Option<&Stream> {
+        match &self.state {
+            State::Open(watched) => Some(watched.stream()),
+            _ => None,
         }
     }
 
@@ -271,7 +292,7 @@ impl Exchange {
     /// Has the poll tell what is now missing: bytes of the answer, or room for the request.
     /// Only now, as a request that fits is sent without any help of the poll.
     fn watch(&mut self, registry: &Registry) -> Result<(), ConnError> {
-        let (phase, writable) = (self.phase(), !self.is_sent());
+        let (phase, writable) = (self.phase(), !self.held && !self.is_sent());
         let State::Open(stream) = &mut self.state else {
             return Ok(());
         };
@@ -285,6 +306,9 @@ impl Exchange {
         let State::Open(watched) = &self.state else {
             return Ok(());
         };
+        if self.held {
+            return Ok(());
+        }
         let stream = watched.stream();
         while self.writable {
             let left = &self.request.as_bytes()[self.sent..];
