@@ -50,6 +50,8 @@ pub enum Phase {
     VcpusPaused,
     /// CH had written its snapshot.
     SnapshotWritten,
+    /// Memory that CH had written had its holes.
+    ZerosPunched,
     /// The snapshot was complete and checked, and on the disk where that was asked for.
     SnapshotSealed,
     /// The disk was copied for a template.
@@ -89,6 +91,7 @@ impl Phase {
             Self::GuestPrepared => "guest_prepared",
             Self::VcpusPaused => "vcpus_paused",
             Self::SnapshotWritten => "snapshot_written",
+            Self::ZerosPunched => "zeros_punched",
             Self::SnapshotSealed => "snapshot_sealed",
             Self::DiskFlattened => "disk_flattened",
             Self::Committed => "committed",

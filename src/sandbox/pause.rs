@@ -316,6 +316,11 @@ impl<'h> Freeze<'h> {
         });
         written.map_err(Failed::into_cause("write the snapshot"))?;
         self.timeline.mark(Phase::SnapshotWritten);
+        if durability == Durability::Synced
+            && super::warm::punch(staging, faults, self.deadline).is_some()
+        {
+            self.timeline.mark(Phase::ZerosPunched);
+        }
         let own = self.has_own_memory();
         let own = own.then(|| memory_of(self.live.vm.process.pid));
         let own = own.transpose().map_err(Cause::Seal)?;

@@ -33,6 +33,9 @@ fn root_build_launch_pause_resume_snapshot_launch_destroy() {
         .pause()
         .unwrap_or_else(|error| panic!("{}", chain(&error)));
     assert_eq!(first.state().unwrap(), State::Paused);
+    // Cloud Hypervisor wrote all of memory, zeros as well: those are holes now.
+    let saved = lab.sandbox(first.id()).join("snapshot.1/memory-ranges");
+    assert!(is_sparse(&saved), "{}", saved.display());
     // A client of the life before is an error, and never a crash or another sandbox.
     agent.health(soon()).unwrap_err();
     assert!(first.agent().is_err());
@@ -51,6 +54,7 @@ fn root_build_launch_pause_resume_snapshot_launch_destroy() {
         .snapshot("warm")
         .unwrap_or_else(|error| panic!("{}", chain(&error)));
     again.goes_on_in(&memory_of(&first));
+    assert!(is_sparse(&warm.memory_image()));
     let error = first.snapshot("warm").unwrap_err();
     assert!(chain(&error).contains("warm"), "{}", chain(&error));
     let third = launch(&host, &warm);
@@ -70,6 +74,14 @@ fn root_build_launch_pause_resume_snapshot_launch_destroy() {
     }
     drop(host);
     assert_eq!(lab.census(), before);
+}
+
+/// Whether less than half of a memory file takes up room.
+fn is_sparse(path: &std::path::Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let found = path.metadata().unwrap();
+    assert_eq!(found.len(), super::lab::MEMORY.0);
+    found.blocks() * 512 < found.len() / 2
 }
 
 #[test]
