@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::resource::disk::Disk;
 use crate::restore::{self, RestoreError, Stage};
-use crate::timeline::Phase;
 use crate::vmm::api::ApiError;
 
 /// Whether the vCPUs of a restore that failed have run.
@@ -24,12 +23,17 @@ pub(crate) enum Ran {
 }
 
 impl Ran {
-    /// They have not where `vm.restore` was never sent, or was refused.
+    /// They have not where `vm.restore` was never sent, or was refused as such. A resume that is
+    /// part of it may fail halfway, after they began to run; CH says then that it was that.
     pub(crate) fn judge(error: &RestoreError) -> Self {
-        let refused = matches!(*error.cause, restore::Cause::Api(ApiError::Refused { .. }));
-        match error.stage {
-            Stage::Check | Stage::Plan | Stage::Prepare | Stage::Launch | Stage::Gate => Self::No,
-            Stage::Restore if refused && error.timeline.at(Phase::Resumed).is_none() => Self::No,
+        let not_restored = |refusal: &ApiError| {
+            matches!(refusal, ApiError::Refused { .. }) && !refusal.is_failed_resume()
+        };
+        match (error.stage, &*error.cause) {
+            (Stage::Check | Stage::Plan | Stage::Prepare | Stage::Launch | Stage::Gate, _) => {
+                Self::No
+            }
+            (Stage::Restore, restore::Cause::Api(refusal)) if not_restored(refusal) => Self::No,
             _ => Self::Perhaps,
         }
     }
@@ -126,6 +130,9 @@ fn times_tell(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::SandboxId;
+    use crate::timeline::Timeline;
+    use crate::vmm::api::{Chain, Operation};
 
     #[test]
     fn a_file_that_was_written_to_is_told_from_one_that_was_only_read() {
@@ -143,6 +150,37 @@ mod tests {
         assert!(!print.is_unchanged());
         std::fs::remove_file(&path).unwrap();
         assert!(!print.is_unchanged());
+    }
+
+    fn refused(stage: Stage, words: &str) -> RestoreError {
+        let refusal = ApiError::Refused {
+            operation: Operation::Restore,
+            status: 500,
+            chain: Chain::decode(words.as_bytes()),
+        };
+        RestoreError {
+            sandbox_id: SandboxId::random(),
+            stage,
+            cause: Box::new(refusal.into()),
+            log: Vec::new(),
+            leftovers: Vec::new(),
+            timeline: Box::new(Timeline::start()),
+        }
+    }
+
+    #[test]
+    fn a_refused_restore_has_run_nothing_unless_it_failed_while_it_resumed() {
+        let restore = r#"["Error from API","The VM could not be restored","Cannot restore VM"]"#;
+        let resume = r#"["Error from API","The VM could not be restored","Cannot resume VM","Failed to resume migratable component"]"#;
+        for (stage, words, ran) in [
+            (Stage::Launch, restore, Ran::No),
+            (Stage::Restore, restore, Ran::No),
+            (Stage::Restore, resume, Ran::Perhaps),
+            (Stage::Resume, restore, Ran::Perhaps),
+            (Stage::Ready, restore, Ran::Perhaps),
+        ] {
+            assert_eq!(Ran::judge(&refused(stage, words)), ran, "{stage:?} {words}");
+        }
     }
 
     #[test]

@@ -132,6 +132,13 @@ impl ApiError {
         self.chain().is_some_and(|chain| chain.contains(text))
     }
 
+    /// What failed is the resume of a VM, also where that is the last part of a restore; its
+    /// vCPUs may have run. v53: `Cannot resume VM`, `Failed to resume migratable component`.
+    #[must_use]
+    pub fn is_failed_resume(&self) -> bool {
+        self.says("resume")
+    }
+
     /// There is no VM, not even a configuration. v53 says so with 404, older ones with 500.
     ///
     /// Some operations (pause, resume, snapshot, counters, …) look for a running VM only:
