@@ -12,6 +12,7 @@ mod crash;
 mod disklab;
 #[path = "disk/power_loss.rs"]
 mod power_loss;
+mod powerlab;
 #[path = "disk/snapshot.rs"]
 mod snapshot;
 #[path = "disk/watch.rs"]
