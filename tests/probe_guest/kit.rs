@@ -25,6 +25,8 @@ fn root_kvm_a_warm_kit_becomes_the_guest_and_keeps_its_file() {
     let snapshot = lab.dir().join("snapshot");
     let machine = lab.boot(&Settings::default());
     let nonce = machine.probe()["nonce"].as_str().unwrap().to_owned();
+    let requests = |probe: &serde_json::Value| probe["requests"].as_u64().unwrap();
+    let before = requests(&machine.probe());
     machine.freeze(&snapshot);
     SnapshotDir::open(&snapshot, &rewake::snapshot::SnapshotLimits::default()).unwrap();
     let namespace = netns::open(&lab.netns_path()).unwrap();
@@ -38,11 +40,12 @@ fn root_kvm_a_warm_kit_becomes_the_guest_and_keeps_its_file() {
         let restored = restore_with(&spec, Some(kit), deadline).unwrap();
         assert_eq!(restored.vmm.pid(), process.pid, "{mode}");
         assert_eq!(restored.memory_mode, mode);
-        assert_eq!(
-            lab.probe()["nonce"],
-            *nonce,
-            "{mode}: restored, not rebooted"
-        );
+        let probe = lab.probe();
+        assert_eq!(probe["nonce"], *nonce, "{mode}: restored, not rebooted");
+        // However many connections there were, one has asked, and then we; where the machine
+        // is busy, another one after some 25 ms.
+        let asked = requests(&probe) - before;
+        assert!((2..=4).contains(&asked), "{mode}: {asked} requests");
         let sum = lab.json(Method::Get, "/probe/checksum?pages=64");
         let expected = expected_checksum(u64::from_str_radix(&nonce, 16).unwrap(), 64);
         assert_eq!(
