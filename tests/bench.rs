@@ -417,6 +417,58 @@ fn root_a_template_of_a_host_and_a_bare_snapshot_can_be_measured() {
     assert!(words(&missing).contains("none"), "{}", words(&missing));
 }
 
+/// The rival makes the same disk with losetup and dmsetup where device-mapper works: in the test
+/// machine.
+#[test]
+fn vm_the_conventional_disk_is_a_device_mapper_snapshot_and_nothing_of_it_is_left() {
+    let test = "vm_the_conventional_disk_is_a_device_mapper_snapshot_and_nothing_of_it_is_left";
+    if !Path::new("/dev/mapper/control").exists() {
+        eprintln!("SKIP {test}: no device-mapper");
+        return;
+    }
+    for program in ["losetup", "dmsetup", "blockdev"] {
+        if rewake::doctor::find_program(program).is_none() {
+            eprintln!("SKIP {test}: no {program}");
+            return;
+        }
+    }
+    let Some(scratch) = Scratch::new(test) else {
+        return;
+    };
+    let told = |program: &str, argument: &str| {
+        let output = Command::new(program).arg(argument).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let before = (told("losetup", "-a"), told("dmsetup", "ls"));
+    let samples = scratch.samples(
+        "samples",
+        &[
+            "--operation=launch,resume,destroy",
+            "--against=conventional",
+            "--disk=dm-snapshot",
+            "--memory-mode=map",
+            "--pools=off",
+            "--ram=32",
+            "--iterations=2",
+            "--warm-up=0",
+        ],
+    );
+    assert_eq!(samples.len(), 3 * 2 * 2);
+    for sample in &samples {
+        assert!(sample["ms"].is_f64(), "{sample}");
+        assert_eq!(sample["disk"], "dm-snapshot");
+        // Making it is a part of the launch, and takes processes.
+        if sample["operation"] == "launch" && sample["arm"] == "conventional" {
+            let phase = |name: &str| sample["phases"][name].as_f64().unwrap();
+            assert!(
+                phase("disk_acquired") - phase("slot_acquired") > 1.0,
+                "{sample}"
+            );
+        }
+    }
+    assert_eq!(before, (told("losetup", "-a"), told("dmsetup", "ls")));
+}
+
 #[test]
 fn what_cannot_be_measured_is_refused_before_anything_is_made() {
     let bench = |arguments: &[&str]| {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 
 use rewake::deadline::Deadline;
 use rewake::plan::{MemoryMode, MemoryPolicy};
@@ -30,7 +31,15 @@ fn root_kvm_a_warm_kit_becomes_the_guest_and_keeps_its_file() {
     machine.freeze(&snapshot);
     SnapshotDir::open(&snapshot, &rewake::snapshot::SnapshotLimits::default()).unwrap();
     let namespace = netns::open(&lab.netns_path()).unwrap();
-    for mode in [MemoryMode::Map, MemoryMode::OnDemand, MemoryMode::Copy] {
+    let page = fs::metadata(snapshot.join("memory-ranges")).unwrap().len() / 4096 - 1000;
+    // The one that writes to the file comes last.
+    let modes = [
+        MemoryMode::Map,
+        MemoryMode::OnDemand,
+        MemoryMode::Copy,
+        MemoryMode::Shared,
+    ];
+    for mode in modes {
         let spec = lab.restore_spec(&snapshot, MemoryPolicy::Only(mode));
         let netns = Some(namespace.as_fd());
         let deadline = Deadline::after(std::time::Duration::from_secs(60));
@@ -56,13 +65,24 @@ fn root_kvm_a_warm_kit_becomes_the_guest_and_keeps_its_file() {
         // Mapped memory is spoken for while the process lives, though it inherited nothing.
         let file = fs::File::open(snapshot.join("memory-ranges")).unwrap();
         let lock = || rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
-        let expected = if mode == MemoryMode::Map {
+        let expected = if mode.maps_file() {
             Err(Errno::WOULDBLOCK)
         } else {
             Ok(())
         };
         assert_eq!(lock(), expected, "{mode}");
         rustix::fs::flock(&file, FlockOperation::Unlock).unwrap();
+        // What the guest writes is in the file where that is its own, and nowhere else.
+        let target = format!("/probe/word?page={page}&pages=1&value=4711");
+        assert_eq!(lab.json(Method::Post, &target)["pages"], 1, "{mode}");
+        // The guest counts its RAM without the hole below 1 MiB: it is up to 256 pages further on.
+        let holds = |page: u64| {
+            let mut word = [0; 8];
+            file.read_exact_at(&mut word, page * 4096).unwrap();
+            u64::from_le_bytes(word) == 4711
+        };
+        let found = (page..page + 256).any(holds);
+        assert_eq!(found, mode == MemoryMode::Shared, "{mode}");
         assert!(restored.destroy(deadline).is_empty());
         assert_eq!(lock(), Ok(()), "{mode}: the lock ends with the process");
     }

@@ -1,16 +1,18 @@
 //! `rewake bench compare`: what moved between two runs, beyond noise.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use super::criterion;
 use super::record::{self, Line, Variant};
 use super::stats::{Difference, Summary};
 use crate::cli::{Failure, Global, report};
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct CompareArgs {
-    /// The samples of the run before
+    /// The samples of the run before: a file that --out wrote, or a baseline that `cargo
+    /// bench -- --save-baseline NAME` saved, as target/criterion/NAME
     #[arg(value_name = "BEFORE")]
     before: PathBuf,
     /// The samples of the run after
@@ -56,12 +58,11 @@ pub(super) struct Numbers {
 
 /// Two runs cannot be set side by side.
 #[derive(Debug, thiserror::Error)]
-#[error("One run is on the stand-in and the other on Cloud Hypervisor: their times do not compare")]
-pub(super) struct Unlike;
+#[error("One was measured on {0} and the other on {1}: their times do not compare")]
+pub(super) struct Unlike(String, String);
 
 pub(super) fn run(args: &CompareArgs, global: Global) -> Result<(), Failure> {
-    let before = record::read(&args.before)?;
-    let after = record::read(&args.after)?;
+    let (before, after) = (read(&args.before)?, read(&args.after)?);
     let verdicts = compare(&before, &after)?;
     if global.json {
         let verdicts = verdicts.iter().map(|(variant, verdict)| {
@@ -79,11 +80,18 @@ pub(super) fn run(args: &CompareArgs, global: Global) -> Result<(), Failure> {
     report::table(&HEADER, &rows)
 }
 
+fn read(path: &Path) -> Result<Vec<Line>, record::ReadError> {
+    criterion::read(path).unwrap_or_else(|| record::read(path))
+}
+
 /// Every variant of either run, and what became of it.
 pub(super) fn compare(before: &[Line], after: &[Line]) -> Result<Vec<(Variant, Verdict)>, Unlike> {
-    let kind = |lines: &[Line]| lines.first().map(|line| line.machine.is_stand_in());
+    let kind = |lines: &[Line]| {
+        let first = lines.first().map(|line| line.machine.vmm_kind.clone());
+        first.unwrap_or_default()
+    };
     if kind(before) != kind(after) {
-        return Err(Unlike);
+        return Err(Unlike(kind(before), kind(after)));
     }
     let (before, after) = (record::by_variant(before), record::by_variant(after));
     let mut variants: Vec<&Variant> = before.iter().chain(&after).map(|it| &it.0).collect();
@@ -155,13 +163,22 @@ fn row(variant: &Variant, verdict: &Verdict) -> Vec<String> {
     vec![
         variant.name(),
         format!("{}/{}", before.n, after.n),
-        format!("{:.3}", before.p50),
-        format!("{:.3}", after.p50),
+        millis(before.p50),
+        millis(after.p50),
         format!("{:.3}", difference.ratio),
         format!("{:.3} to {:.3}", difference.low, difference.high),
         format!("{:.1e}", difference.p),
         word.to_owned(),
     ]
+}
+
+/// Parts take microseconds, whole operations thousands of them.
+fn millis(ms: f64) -> String {
+    if ms < 0.1 {
+        format!("{ms:.6}")
+    } else {
+        format!("{ms:.3}")
+    }
 }
 
 #[cfg(test)]

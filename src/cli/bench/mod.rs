@@ -9,6 +9,7 @@ mod apart;
 mod arms;
 mod chosen;
 mod compare;
+mod criterion;
 mod house;
 mod html;
 mod life;
@@ -107,7 +108,7 @@ pub(super) struct BenchArgs {
 
 #[derive(Debug, Subcommand)]
 enum BenchCommand {
-    /// Say what moved beyond noise between two files of samples
+    /// Say what moved beyond noise between two runs, or two baselines of criterion
     Compare(compare::CompareArgs),
     /// Make the report of a file of samples
     Report(ReportArgs),

@@ -52,12 +52,29 @@ impl Machine {
         }
     }
 
+    /// Of a measurement that does not say where it was made.
+    pub(super) fn untold() -> Self {
+        let unknown = || "unknown".to_owned();
+        Self {
+            commit: unknown(),
+            kernel: unknown(),
+            cpu: unknown(),
+            cores: 0,
+            vmm: unknown(),
+            vmm_kind: "none".to_owned(),
+            build: unknown(),
+        }
+    }
+
     pub(super) fn is_stand_in(&self) -> bool {
         self.vmm_kind == STAND_IN
     }
 
     /// One line for tables and plots.
     pub(super) fn line(&self) -> String {
+        if self.vmm_kind == "none" {
+            return "a baseline of criterion, which does not say where it was measured".to_owned();
+        }
         let vmm = if self.is_stand_in() {
             format!("the stand-in, not Cloud Hypervisor ({})", self.vmm)
         } else {
@@ -125,6 +142,9 @@ pub(super) type Circumstances = (String, Option<String>, u64, usize, String, Opt
 impl Variant {
     /// A name for tables, and for finding the same variant in another file.
     pub(super) fn name(&self) -> String {
+        if self.arm.is_empty() {
+            return self.operation.clone();
+        }
         let mut name = format!(
             "{} {} {} {} MiB",
             self.operation,

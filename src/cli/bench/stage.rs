@@ -6,8 +6,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rewake::deadline::Deadline;
@@ -166,6 +166,8 @@ pub(super) struct Stage {
     pub(super) disks: DiskPool,
     host: OwnedFd,
     ledger: Ledger,
+    /// Images that the conventional way has bound to loop devices, which it leaves bound.
+    bound: Mutex<Vec<PathBuf>>,
 }
 
 impl Stage {
@@ -202,6 +204,7 @@ impl Stage {
             actor,
             host,
             ledger,
+            bound: Mutex::default(),
         };
         if let Err(error) = stage.net.prepare(Deadline::after(BUDGET)) {
             stage.strike();
@@ -212,7 +215,7 @@ impl Stage {
 
     /// Takes everything down; says what is left.
     pub(super) fn strike(mut self) -> Vec<String> {
-        let mut left = Vec::new();
+        let mut left = self.unbind();
         if let Err(error) = self.net.retire(Deadline::after(BUDGET)) {
             left.push(format!("the host's rules: {error}"));
         }
@@ -222,6 +225,23 @@ impl Stage {
         let leftovers = self.ledger.unwind(Deadline::after(BUDGET));
         left.extend(leftovers.iter().map(ToString::to_string));
         left
+    }
+
+    /// Notes an image that the conventional way binds, unless somebody else had.
+    pub(super) fn will_bind(&self, image: &Path) {
+        let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
+        if !bound.iter().any(|it| it == image) && loops_of(image).is_empty() {
+            bound.push(image.to_owned());
+        }
+    }
+
+    /// Detaches what the conventional way has bound and kept; says what is left.
+    fn unbind(&self) -> Vec<String> {
+        let bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
+        let devices = bound.iter().flat_map(|image| loops_of(image));
+        let detached = devices.map(|device| run_in(self.host(), "losetup", &["-d", &device]));
+        let failed = detached.filter_map(Result::err);
+        failed.map(|error| error.to_string()).collect()
     }
 
     pub(super) fn host(&self) -> BorrowedFd<'_> {
@@ -412,6 +432,19 @@ impl Stage {
         }
         Ok(())
     }
+}
+
+/// The loop devices over an image, as sysfs tells.
+fn loops_of(image: &Path) -> Vec<String> {
+    let entries = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let over = |dir: &Path| {
+        let file = fs::read_to_string(dir.join("loop/backing_file"));
+        file.is_ok_and(|file| Path::new(file.trim_end()) == image)
+    };
+    entries
+        .filter(|entry| over(&entry.path()))
+        .map(|entry| format!("/dev/{}", entry.file_name().to_string_lossy()))
+        .collect()
 }
 
 /// Whether two guests are one.

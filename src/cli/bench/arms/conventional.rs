@@ -281,6 +281,7 @@ fn make_disk(job: &Job<'_>, running: &mut Running) -> Result<(), Failure> {
         let name = format!("{PREFIX}-disk-{}", running.index);
         let bytes = std::fs::metadata(&base)?.len().to_string();
         running.mapped = Some(name.clone());
+        job.stage.will_bind(Path::new(&base));
         shell(DISK, &["create", &name, &base, &at, &bytes])?;
         running.disk = Some(Path::new("/dev/mapper").join(name));
         return Ok(());
