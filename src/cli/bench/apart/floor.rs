@@ -229,7 +229,7 @@ fn copy(from: &Path, to: &Path) -> Result<(), Failure> {
     fs::create_dir(to)?;
     for name in FILES.iter().filter(|name| from.join(name).exists()) {
         let copied = Command::new("cp")
-            .args(["--reflink=auto", "--sparse=always"])
+            .args(["--reflink=auto", "--sparse=auto"])
             .args([from.join(name), to.join(name)])
             .status()?;
         if !copied.success() {
