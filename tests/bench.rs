@@ -426,7 +426,7 @@ fn vm_the_conventional_disk_is_a_device_mapper_snapshot_and_nothing_of_it_is_lef
         eprintln!("SKIP {test}: no device-mapper");
         return;
     }
-    for program in ["losetup", "dmsetup", "blockdev"] {
+    for program in ["losetup", "dmsetup", "blockdev", "iptables"] {
         if rewake::doctor::find_program(program).is_none() {
             eprintln!("SKIP {test}: no {program}");
             return;

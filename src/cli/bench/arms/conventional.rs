@@ -283,7 +283,12 @@ fn make_disk(job: &Job<'_>, running: &mut Running) -> Result<(), Failure> {
         running.mapped = Some(name.clone());
         job.stage.will_bind(Path::new(&base));
         shell(DISK, &["create", &name, &base, &at, &bytes])?;
-        running.disk = Some(Path::new("/dev/mapper").join(name));
+        let node = Path::new("/dev/mapper").join(&name);
+        // Where no udev runs, nobody makes it.
+        if !node.exists() {
+            run_here("dmsetup", &["mknodes", &name])?;
+        }
+        running.disk = Some(node);
         return Ok(());
     }
     run_here("cp", &["--reflink=auto", "--sparse=always", &base, &at])?;
