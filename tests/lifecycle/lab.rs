@@ -104,6 +104,15 @@ impl Lab {
                 netlab::ip(&self.net.host, &format!("netns del {name}"));
             }
         }
+        // The kernel takes namespaces down in its own time, and their links with them.
+        let patience = soon();
+        while netlab::ip(&self.net.host, "-o link show").contains(&prefix) {
+            assert!(
+                !patience.has_passed(),
+                "the links of the slots are still there"
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
         netlab::run(&self.net.host, "nft", &["flush", "ruleset"]);
         fs::remove_dir_all(&run).unwrap();
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
