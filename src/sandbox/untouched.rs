@@ -137,9 +137,9 @@ mod tests {
     #[test]
     fn a_file_that_was_written_to_is_told_from_one_that_was_only_read() {
         // Not /tmp, which may be in memory.
-        let path = std::env::current_dir()
-            .unwrap()
-            .join(format!("target/untouched-{}", std::process::id()));
+        let dir = std::env::current_dir().unwrap().join("target");
+        std::fs::create_dir_all(&dir).unwrap();
+        let path = dir.join(format!("untouched-{}", std::process::id()));
         std::fs::write(&path, "before").unwrap();
         let print = Print::take(&path).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"before");
