@@ -22,7 +22,7 @@ pub(super) struct Theirs<'a> {
     left: Vec<String>,
 }
 
-pub(super) fn prepare<'a>(place: Place<'a>, entry: &Entry) -> Result<Theirs<'a>, Failure> {
+pub(super) fn begin<'a>(place: Place<'a>, entry: &Entry) -> Result<Theirs<'a>, Failure> {
     // What is frozen later must be there as a whole.
     let job = Job {
         stage: place.stage,
@@ -32,25 +32,28 @@ pub(super) fn prepare<'a>(place: Place<'a>, entry: &Entry) -> Result<Theirs<'a>,
         kits: None,
         writes: true,
     };
-    let mut theirs = Theirs {
+    Ok(Theirs {
         life: Some(Life::begin(&job)?),
         job,
         operation: entry.operation,
         mode: entry.mode,
         memory: None,
         left: Vec::new(),
-    };
-    match theirs.ready() {
-        Ok(()) => Ok(theirs),
-        Err(failure) => {
-            let left = Box::new(theirs).end();
-            log::debug!("Left over: {left:?}");
-            Err(failure)
-        }
-    }
+    })
 }
 
 impl Theirs<'_> {
+    fn life(&mut self) -> Result<&mut Life, Undone> {
+        self.life.as_mut().ok_or(Undone::Gone)
+    }
+
+    fn resume(&mut self, mode: MemoryMode) -> Result<Done, Failure> {
+        let job = Job { mode, ..self.job };
+        Ok(self.life()?.resume(&job)?.into())
+    }
+}
+
+impl Subject for Theirs<'_> {
     fn ready(&mut self) -> Result<(), Failure> {
         let (job, operation) = (self.job, self.operation);
         let life = self.life()?;
@@ -63,40 +66,19 @@ impl Theirs<'_> {
         Ok(())
     }
 
-    fn life(&mut self) -> Result<&mut Life, Undone> {
-        self.life.as_mut().ok_or(Undone::Gone)
-    }
-
-    fn resume(&mut self, mode: MemoryMode) -> Result<Done, Failure> {
-        let job = Job { mode, ..self.job };
-        let (took, phases) = self.life()?.resume(&job)?;
-        Ok(Done {
-            took,
-            phases,
-            timeline: None,
-        })
-    }
-}
-
-impl Subject for Theirs<'_> {
     fn act(&mut self) -> Result<Done, Failure> {
         let job = self.job;
-        let (took, phases) = match self.operation {
-            Operation::Resume => return self.resume(self.mode),
-            Operation::Pause => self.life()?.pause(&job)?,
+        match self.operation {
+            Operation::Resume => self.resume(self.mode),
+            Operation::Pause => Ok(self.life()?.pause(&job)?.into()),
             Operation::Destroy => {
                 let life = self.life.take().ok_or(Undone::Gone)?;
                 let begun = Instant::now();
                 self.left = life.end(job.stage);
-                (begun.elapsed(), Default::default())
+                Ok(Done::from((begun.elapsed(), Default::default())))
             }
-            other => return Err(NotApart(other).into()),
-        };
-        Ok(Done {
-            took,
-            phases,
-            timeline: None,
-        })
+            other => Err(NotApart(other).into()),
+        }
     }
 
     fn check(&mut self) -> Result<(), Failure> {

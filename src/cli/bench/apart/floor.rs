@@ -38,10 +38,10 @@ pub(super) struct Least<'a> {
     memory: Option<MemoryMode>,
 }
 
-pub(super) fn prepare<'a>(place: Place<'a>, entry: &Entry) -> Result<Least<'a>, Failure> {
+pub(super) fn begin<'a>(place: Place<'a>, entry: &Entry) -> Least<'a> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    let mut least = Least {
+    Least {
         stage: place.stage,
         operation: entry.operation,
         mode: entry.mode,
@@ -51,14 +51,6 @@ pub(super) fn prepare<'a>(place: Place<'a>, entry: &Entry) -> Result<Least<'a>, 
         set: None,
         running: None,
         memory: None,
-    };
-    match least.ready() {
-        Ok(()) => Ok(least),
-        Err(failure) => {
-            let left = Box::new(least).end();
-            log::debug!("Left over: {left:?}");
-            Err(failure)
-        }
     }
 }
 
@@ -74,32 +66,13 @@ impl Least<'_> {
         }
     }
 
-    fn ready(&mut self) -> Result<(), Failure> {
-        fs::create_dir(&self.dir)?;
-        if self.operation == Operation::Resume || self.mode == MemoryMode::Shared {
-            let own = self.dir.join("own");
-            copy(&self.template.snapshot, &own)?;
-            self.template.snapshot = own;
-        }
-        let set = floor::prepare(&self.job(&self.template, self.mode))?;
-        if self.operation == Operation::Resume {
-            self.set = Some(Box::new(set));
-            return Ok(());
-        }
-        self.begin(set).map(drop)
-    }
-
     fn begin(&mut self, set: Set) -> Result<Done, Failure> {
         let job = self.job(&self.template, self.mode);
-        let (running, (took, phases)) = floor::begin(&job, set)?;
+        let (running, timed) = floor::begin(&job, set)?;
         let memory = running.memory_mode(&job);
         self.running = Some(Box::new(running));
         self.memory = Some(memory?);
-        Ok(Done {
-            took,
-            phases,
-            timeline: None,
-        })
+        Ok(timed.into())
     }
 
     fn running(&self) -> Result<&Running, Undone> {
@@ -134,7 +107,7 @@ impl Least<'_> {
     fn thaw(&self) -> Result<(), Failure> {
         let frozen = self.frozen();
         if self.mode == MemoryMode::Shared {
-            let own = memory_file(&self.template.snapshot);
+            let own = floor::memory_file(&self.template.snapshot);
             fs::hard_link(own, frozen.join("memory"))?;
         }
         let template = Template {
@@ -154,6 +127,21 @@ impl Least<'_> {
 }
 
 impl Subject for Least<'_> {
+    fn ready(&mut self) -> Result<(), Failure> {
+        fs::create_dir(&self.dir)?;
+        if self.operation == Operation::Resume || self.mode == MemoryMode::Shared {
+            let own = self.dir.join("own");
+            copy(&self.template.snapshot, &own)?;
+            self.template.snapshot = own;
+        }
+        let set = floor::prepare(&self.job(&self.template, self.mode))?;
+        if self.operation == Operation::Resume {
+            self.set = Some(Box::new(set));
+            return Ok(());
+        }
+        self.begin(set).map(drop)
+    }
+
     fn act(&mut self) -> Result<Done, Failure> {
         match self.operation {
             Operation::Resume => {
@@ -205,23 +193,10 @@ impl Subject for Least<'_> {
 }
 
 fn done(took: Duration, marks: &[(&str, Duration)]) -> Done {
-    let marks = marks.iter();
-    Done {
-        took,
-        phases: marks
-            .map(|(name, at)| ((*name).to_owned(), millis(*at)))
-            .collect(),
-        timeline: None,
-    }
-}
-
-/// The file that guest memory is in.
-fn memory_file(snapshot: &Path) -> PathBuf {
-    let zone = snapshot.join("memory");
-    if zone.exists() {
-        return zone;
-    }
-    snapshot.join("memory-ranges")
+    let phases = marks
+        .iter()
+        .map(|(name, at)| ((*name).to_owned(), millis(*at)));
+    Done::from((took, phases.collect()))
 }
 
 /// Copies a snapshot, with its holes.

@@ -16,7 +16,7 @@ use rewake::plan::MemoryMode;
 use rewake::template::Template as HostTemplate;
 use rewake::timeline::Timeline;
 
-use super::arms::{Arm, Rival, millis};
+use super::arms::{Arm, Rival, Timed, millis};
 use super::house::House;
 use super::matrix::Entry;
 use super::record::Sample;
@@ -43,8 +43,20 @@ struct Done {
     timeline: Option<Timeline>,
 }
 
+impl From<Timed> for Done {
+    fn from((took, phases): Timed) -> Self {
+        Self {
+            took,
+            phases,
+            timeline: None,
+        }
+    }
+}
+
 /// A guest that waits for the operation.
 trait Subject: Send {
+    /// Brings it to where the operation begins.
+    fn ready(&mut self) -> Result<(), Failure>;
     /// What is counted.
     fn act(&mut self) -> Result<Done, Failure>;
     /// Fails where the operation did not do what it should.
@@ -108,11 +120,19 @@ pub(super) fn batch(place: Place<'_>, entry: &Entry) -> Result<Vec<Outcome>, Fai
 }
 
 fn prepare<'a>(place: Place<'a>, entry: &Entry) -> Result<Box<dyn Subject + 'a>, Failure> {
-    Ok(match entry.arm {
-        Arm::Ours { .. } => Box::new(ours::prepare(place, entry)?),
-        Arm::Rival(Rival::Conventional) => Box::new(conventional::prepare(place, entry)?),
-        Arm::Rival(Rival::Floor) => Box::new(floor::prepare(place, entry)?),
-    })
+    let mut subject: Box<dyn Subject + 'a> = match entry.arm {
+        Arm::Ours { .. } => Box::new(ours::begin(place, entry)?),
+        Arm::Rival(Rival::Conventional) => Box::new(conventional::begin(place, entry)?),
+        Arm::Rival(Rival::Floor) => Box::new(floor::begin(place, entry)),
+    };
+    match subject.ready() {
+        Ok(()) => Ok(subject),
+        Err(failure) => {
+            let left = subject.end();
+            log::debug!("Left over: {left:?}");
+            Err(failure)
+        }
+    }
 }
 
 /// The time counts once the guest has proved what was done, in the mode that was asked for.

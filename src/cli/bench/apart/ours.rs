@@ -28,7 +28,7 @@ pub(super) struct Ours<'a> {
     process: Option<Process>,
 }
 
-pub(super) fn prepare<'a>(place: Place<'a>, entry: &Entry) -> Result<Ours<'a>, Failure> {
+pub(super) fn begin<'a>(place: Place<'a>, entry: &Entry) -> Result<Ours<'a>, Failure> {
     let disk: DiskMode = entry.disk;
     // What will be its own file is somebody else's before the first pause.
     let own = entry.mode == MemoryMode::Shared || entry.operation == Operation::Resume;
@@ -38,7 +38,7 @@ pub(super) fn prepare<'a>(place: Place<'a>, entry: &Entry) -> Result<Ours<'a>, F
         ..LaunchOptions::default()
     };
     let sandbox = place.house.host.launch(place.template, options)?;
-    let mut ours = Ours {
+    Ok(Ours {
         place,
         operation: entry.operation,
         mode: entry.mode,
@@ -47,33 +47,10 @@ pub(super) fn prepare<'a>(place: Place<'a>, entry: &Entry) -> Result<Ours<'a>, F
         nonce: String::new(),
         memory: None,
         process: None,
-    };
-    match ours.ready() {
-        Ok(()) => Ok(ours),
-        Err(failure) => {
-            let left = Box::new(ours).end();
-            log::debug!("Left over: {left:?}");
-            Err(failure)
-        }
-    }
+    })
 }
 
 impl Ours<'_> {
-    fn ready(&mut self) -> Result<(), Failure> {
-        self.nonce = self.recall()?;
-        if self.operation == Operation::Resume {
-            self.sandbox.pause()?;
-            return Ok(());
-        }
-        if self.mode == MemoryMode::Shared {
-            self.sandbox.pause()?;
-            self.resume(Some(self.mode))?;
-        }
-        self.memory = Some(mode_of(&self.sandbox)?);
-        self.process = Some(self.sandbox.process()?);
-        Ok(())
-    }
-
     fn recall(&self) -> Result<String, Failure> {
         let agent = self.sandbox.agent()?;
         self.place.stage.nonce(&agent, Deadline::after(BUDGET))
@@ -95,6 +72,21 @@ impl Ours<'_> {
 }
 
 impl Subject for Ours<'_> {
+    fn ready(&mut self) -> Result<(), Failure> {
+        self.nonce = self.recall()?;
+        if self.operation == Operation::Resume {
+            self.sandbox.pause()?;
+            return Ok(());
+        }
+        if self.mode == MemoryMode::Shared {
+            self.sandbox.pause()?;
+            self.resume(Some(self.mode))?;
+        }
+        self.memory = Some(mode_of(&self.sandbox)?);
+        self.process = Some(self.sandbox.process()?);
+        Ok(())
+    }
+
     fn act(&mut self) -> Result<Done, Failure> {
         let begun = Instant::now();
         let ended = match self.operation {

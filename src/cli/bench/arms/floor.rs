@@ -156,12 +156,7 @@ fn lay_out(
         inputs.disk = RootDisk::At(disk.path().to_owned());
     }
     let snapshot = SnapshotDir::open(&job.template.snapshot, &SnapshotLimits::default())?;
-    let zone = job.template.snapshot.join("memory");
-    let memory = if zone.exists() {
-        zone
-    } else {
-        job.template.snapshot.join("memory-ranges")
-    };
+    let memory = memory_file(&job.template.snapshot);
     let around = Circumstances {
         memory_path: memory.clone(),
         ..Circumstances::default()
@@ -258,10 +253,7 @@ fn race(
     request: &str,
     ledger: &mut Ledger,
 ) -> Result<(Process, Timed), Failure> {
-    let mut spec = job.stage.actor.spec.clone();
-    if job.writes {
-        spec = job.stage.actor.writing_spec();
-    }
+    let mut spec = job.vmm_spec();
     let begun = Instant::now();
     let (socket, mut stream) = ApiSocket::bind(path)?;
     stream.write_all(request.as_bytes())?;
@@ -308,4 +300,13 @@ enum FloorError {
     Refused(#[from] Refused),
     #[error("Cannot read CH's answer")]
     Read(#[from] std::io::Error),
+}
+
+/// The file that guest memory is in.
+pub(in crate::cli::bench) fn memory_file(snapshot: &Path) -> PathBuf {
+    let zone = snapshot.join("memory");
+    if zone.exists() {
+        return zone;
+    }
+    snapshot.join("memory-ranges")
 }

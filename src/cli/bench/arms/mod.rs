@@ -19,6 +19,7 @@ use rewake::resource::net::Slot;
 use rewake::restore::kit::KitPool;
 use rewake::timeline::Timeline;
 use rewake::vmm::api::{Features, Version};
+use rewake::vmm::launch::LaunchSpec;
 
 use super::stage::{Stage, StageError, Template};
 use crate::cli::Failure;
@@ -66,6 +67,18 @@ pub(super) struct Job<'a> {
     pub(super) kits: Option<&'a KitPool>,
     /// Whether the guest will be frozen.
     pub(super) writes: bool,
+}
+
+impl Job<'_> {
+    /// How its Cloud Hypervisor is started.
+    fn vmm_spec(&self) -> LaunchSpec {
+        let actor = &self.stage.actor;
+        if self.writes {
+            actor.writing_spec()
+        } else {
+            actor.spec.clone()
+        }
+    }
 }
 
 /// What one launch has ready before the clock starts.

@@ -162,11 +162,7 @@ fn spec(
     };
     let actor = &job.stage.actor;
     let mut spec = RestoreSpec::new(inputs, &actor.spec.program, job.stage.guest());
-    spec.vmm = if job.writes {
-        actor.writing_spec()
-    } else {
-        actor.spec.clone()
-    };
+    spec.vmm = job.vmm_spec();
     spec.runtime_dir = run_dir(job.stage);
     spec.netns = Some(slot.netns_path().to_owned());
     spec.init = Some(Init::new());
