@@ -37,6 +37,17 @@ pub fn is_unsupported(error: &CallError) -> bool {
             .any(|errno| errno.raw_os_error() == error.errno())
 }
 
+/// [`clone_file`] for those who can make a copy instead: whether the kernel could.
+///
+/// # Errors
+/// As [`clone_file`], but for what [`is_unsupported`] names.
+pub fn try_clone_file(source: impl AsFd, to: impl AsFd) -> Result<bool, CallError> {
+    match clone_file(source, to) {
+        Err(error) if is_unsupported(&error) => Ok(false),
+        other => other.map(|()| true),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -51,8 +62,11 @@ mod tests {
         assert!(!is_unsupported(&error), "{error}");
         let elsewhere = std::fs::File::open("/proc/self/exe").unwrap();
         match clone_file(&elsewhere, &to) {
-            Ok(()) => {}
-            Err(error) => assert!(is_unsupported(&error), "{error}"),
+            Ok(()) => assert!(try_clone_file(&elsewhere, &to).unwrap()),
+            Err(error) => {
+                assert!(is_unsupported(&error), "{error}");
+                assert!(!try_clone_file(&elsewhere, &to).unwrap());
+            }
         }
         let full = CallError::new("FICLONE", Errno::NOSPC);
         assert!(!is_unsupported(&full));

@@ -133,16 +133,9 @@ pub(super) fn filesystem_free(path: &Path) -> Result<Bytes, DiskError> {
 /// Shares all blocks of one file with another, empty one. Returns whether the file system
 /// could; it cannot across file systems, for instance.
 pub(super) fn clone(source: &File, to: &File, faults: &Faults) -> Result<bool, DiskError> {
-    let cloned = faults.syscall("share the image's blocks", || {
-        reflink::clone_file(source, to)
-    });
-    match cloned {
-        Err(failed) if reflink::is_unsupported(&failed.source) => {
-            log::debug!("Blocks cannot be shared: {}", failed.source);
-            Ok(false)
-        }
-        other => Ok(other.map(|()| true)?),
-    }
+    call(faults, "share the image's blocks", || {
+        reflink::try_clone_file(source, to)
+    })
 }
 
 /// One copy of an image into a file.

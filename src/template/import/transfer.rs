@@ -45,26 +45,14 @@ impl Carrier<'_> {
             let options = options.read(true).write(true).create_new(true).mode(0o600);
             options.open(to).named("open")
         })?;
-        if self.transfer == Transfer::Auto && self.clone_blocks(&source, &target, to)? {
+        let shared = self.transfer == Transfer::Auto
+            && call(self.faults, about("clone to", to), || {
+                reflink::try_clone_file(&source, &target)
+            })?;
+        if shared {
             return Ok(());
         }
         self.copy(&source, &target, to)
-    }
-
-    /// Shares all blocks, where the file system can.
-    fn clone_blocks(&self, source: &File, target: &File, to: &Path) -> Result<bool, ImportError> {
-        let cloned = call(
-            self.faults,
-            about("clone to", to),
-            || match reflink::clone_file(source, target) {
-                Err(error) if reflink::is_unsupported(&error) => {
-                    log::debug!("{}: blocks cannot be shared: {error}", to.display());
-                    Ok(false)
-                }
-                other => other.map(|()| true),
-            },
-        );
-        Ok(cloned?)
     }
 
     fn copy(&mut self, source: &File, target: &File, to: &Path) -> Result<(), ImportError> {
