@@ -20,7 +20,7 @@ pub(super) fn error(error: &(dyn Error + 'static), global: Global) {
         return;
     }
     let told = Told::of(error);
-    let mut text = chain(error).join(": ");
+    let mut text = words(error);
     if let Some(leftovers) = &told.leftovers {
         let left = if leftovers.is_empty() {
             "nothing".to_owned()
@@ -68,6 +68,11 @@ pub(super) fn chain(error: &dyn Error) -> Vec<String> {
         next = cause.source();
     }
     chain
+}
+
+/// The same on one line.
+pub(super) fn words(error: &dyn Error) -> String {
+    chain(error).join(": ")
 }
 
 /// What errors of the library tell beside their causes.

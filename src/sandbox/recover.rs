@@ -330,12 +330,7 @@ fn resuming(hold: &Hold, status: &Status) -> Result<Fate, Cause> {
     {
         return Ok(found);
     }
-    let ran = if status.consumed {
-        Ran::Perhaps
-    } else {
-        Ran::No
-    };
-    let left = put_back(hold, None, None, ran);
+    let left = put_back(hold, None, None, Ran::Perhaps);
     let fate = match hold.status().state {
         State::Lost => Fate::Lost,
         _ => {

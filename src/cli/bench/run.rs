@@ -376,13 +376,7 @@ pub(super) fn words(failure: &Failure) -> String {
     let Failure::Error(error) = failure else {
         return "something is missing".to_owned();
     };
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
-    }
-    text
+    report::words(&**error)
 }
 
 fn say_cost(kits: &KitPool, global: Global) {

@@ -109,7 +109,7 @@ fn show(census: &Census) -> Result<(), Failure> {
         println!("could not be removed: {remains}");
     }
     for (_, error) in &census.stuck {
-        eprintln!("rewake: {}", report::chain(error).join(": "));
+        eprintln!("rewake: {}", report::words(error));
     }
     Ok(())
 }

@@ -120,7 +120,7 @@ pub(in crate::cli) fn list(args: &ListArgs, global: Global) -> Result<(), Failur
     }));
     report::table(&HEADER, &rows)?;
     for (_, error) in &damaged {
-        eprintln!("rewake: {}", report::chain(error).join(": "));
+        eprintln!("rewake: {}", report::words(error));
     }
     if views.iter().any(|view| view.stand_in().is_some()) {
         eprintln!("Some of these are the stand-in's, and no VMs: see rewake inspect");
@@ -254,7 +254,7 @@ fn show(view: &View, directory: &Path, snapshots: &[Snapshot]) {
 fn show_disk(view: &View) {
     let line = |name: &str, text: &str| println!("{name:<12}{text}");
     match &view.disk {
-        Err(error) => line("disk", &report::chain(error).join(": ")),
+        Err(error) => line("disk", &report::words(error)),
         Ok(None) => line("disk", "none"),
         Ok(Some(info)) => {
             let (kind, words) = (info.record.kind, view.disk_words());

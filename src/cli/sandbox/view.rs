@@ -141,7 +141,7 @@ impl View {
 
     fn disk_document(&self) -> Value {
         let info = match &self.disk {
-            Err(error) => return json!({ "error": report::chain(error).join(": ") }),
+            Err(error) => return json!({ "error": report::words(error) }),
             Ok(None) => return Value::Null,
             Ok(Some(info)) => info,
         };

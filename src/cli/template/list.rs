@@ -65,7 +65,7 @@ fn show_list(entries: &[Entry], global: Global) -> Result<(), Failure> {
 fn document(entry: &Entry) -> Value {
     let mut document = match &entry.template {
         Ok(template) => template_document(template),
-        Err(error) => json!({"error": chain(error)}),
+        Err(error) => json!({"error": report::words(error)}),
     };
     document["name"] = json!(entry.name.as_str());
     document["users"] = users_document(&entry.users);
@@ -88,7 +88,7 @@ pub(super) fn template_document(template: &Template) -> Value {
         "working_set": match template.working_set() {
             Ok(None) => Value::Null,
             Ok(Some(set)) => json!({"bytes": set.size().0, "extents": set.extents().len()}),
-            Err(error) => json!({"error": chain(&error)}),
+            Err(error) => json!({"error": report::words(&error)}),
         },
     })
 }
@@ -123,7 +123,7 @@ fn working_set(template: &Template) -> String {
             1 => format!("{} in one piece", set.size()),
             pieces => format!("{} in {pieces} pieces", set.size()),
         },
-        Err(error) => format!("not used: {}", chain(&error)),
+        Err(error) => format!("not used: {}", report::words(&error)),
     }
 }
 
@@ -167,16 +167,6 @@ fn allocated(path: &Path) -> Option<Bytes> {
     Some(Bytes(found.blocks().saturating_mul(512)))
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
-    }
-    text
-}
-
 pub(super) fn show(
     store: &TemplateStore,
     name: &TemplateId,
@@ -199,7 +189,7 @@ pub(super) fn show(
         let mut document = template_document(&template);
         document["users"] = users_document(&users);
         document["usable"] = json!(verdict.is_none());
-        document["problem"] = json!(verdict.as_ref().map(|error| chain(error)));
+        document["problem"] = json!(verdict.as_ref().map(|error| report::words(error)));
         return report::json(&document);
     }
     for (what, text) in lines(&template, &users) {
@@ -207,7 +197,9 @@ pub(super) fn show(
             println!("{what:<12}{text}");
         }
     }
-    let verdict = verdict.map_or("it is whole and can run here".to_owned(), |it| chain(&it));
+    let verdict = verdict.map_or("it is whole and can run here".to_owned(), |it| {
+        report::words(&it)
+    });
     println!("{:<12}{verdict}", "check");
     Ok(())
 }
