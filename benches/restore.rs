@@ -125,7 +125,7 @@ fn spec(lab: &Lab, template: &Path, mode: MemoryMode) -> RestoreSpec {
     inputs.memory_mode = mode.into();
     let mut spec = RestoreSpec::new(inputs, lab.program(), lab.guest());
     spec.runtime_dir = lab.dir().join("run");
-    spec.netns = Some(lab.netns_path());
+    spec.netns = Some(lab.netns_path().into());
     spec
 }
 

@@ -10,7 +10,7 @@ use serde::Serialize;
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Phase {
-    /// The network slot stood.
+    /// The network slot stood. Where one is built for the operation: after CH was started.
     SlotAcquired,
     /// The disk stood.
     DiskAcquired,
@@ -20,6 +20,8 @@ pub enum Phase {
     SnapshotChecked,
     /// The plan stood, and the rewritten snapshot lay in the run directory.
     Planned,
+    /// The slot that was being built had a namespace for CH to start in.
+    NetnsPinned,
     /// CH's process existed (`exec` had succeeded).
     Spawned,
     /// What must be on record before the vCPUs run was.
@@ -76,6 +78,7 @@ impl Phase {
             Self::MemoryOwned => "memory_owned",
             Self::SnapshotChecked => "snapshot_checked",
             Self::Planned => "planned",
+            Self::NetnsPinned => "netns_pinned",
             Self::Spawned => "spawned",
             Self::GatePassed => "gate_passed",
             Self::Restoring => "restoring",

@@ -80,7 +80,7 @@ impl Lab {
         inputs.disk = template.root_disk(Some(disk.path().to_owned()));
         let guest = "169.254.0.21:49983".parse().unwrap();
         let mut spec = RestoreSpec::new(inputs, machine::vmm_path(), guest);
-        spec.netns = Some(slot.netns_path().to_owned());
+        spec.netns = Some(slot.netns_path().into());
         spec.init = Some(Init::new());
         let restored = restore(&spec, soon());
         let restored = restored.unwrap_or_else(|error| panic!("{name}: {error:#?}"));

@@ -146,7 +146,7 @@ const fn of_full(full: &Full) -> &'static str {
 
 fn of_restore(stage: Stage, cause: &restore::Cause) -> Option<&'static str> {
     match (stage, cause) {
-        (Stage::Launch, _) => Some(DOCTOR),
+        (Stage::Launch, _) | (_, restore::Cause::Slot(_)) => Some(DOCTOR),
         (_, cause) if cause.is_timeout() => {
             Some("give it more time with --timeout; `rewake doctor` looks at this machine")
         }

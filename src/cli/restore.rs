@@ -11,7 +11,7 @@ use rewake::envd::init::Init;
 use rewake::ids::{IfName, SandboxId, TemplateId};
 use rewake::memory::WorkingSet;
 use rewake::plan::{MemoryMode, MemoryPolicy, RestoreInputs, RootDisk};
-use rewake::restore::{RestoreSpec, Restored, restore};
+use rewake::restore::{Netns, RestoreSpec, Restored, restore};
 use rewake::snapshot::Recorded;
 use rewake::trace::Trace;
 use rewake::vmm::launch::LaunchSpec;
@@ -224,7 +224,8 @@ fn spec(args: &RestoreArgs) -> Result<RestoreSpec, Failure> {
     let mut spec = RestoreSpec::new(inputs, launch.program.clone(), guest);
     spec.vmm = launch;
     spec.runtime_dir = absolute(&args.runtime_dir)?;
-    spec.netns = args.netns.as_deref().map(rewake_sys::netns::named_path);
+    let netns = args.netns.as_deref().map(rewake_sys::netns::named_path);
+    spec.netns = netns.map(Netns::from);
     if !args.no_init {
         spec.init = Some(Init {
             sandbox_id: Some(spec.inputs.sandbox_id.to_string()),

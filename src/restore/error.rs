@@ -12,6 +12,7 @@ use crate::envd::ready::ReadyError;
 use crate::ids::SandboxId;
 use crate::plan::{MemoryMode, PlanError, Unfit};
 use crate::resource::ledger::Leftover;
+use crate::resource::net::PendingError;
 use crate::snapshot::{ClaimError, RunDirError, SnapshotError, StateError};
 use crate::timeline::Timeline;
 use crate::vmm::api::ApiError;
@@ -106,6 +107,9 @@ pub enum Cause {
         /// Why.
         source: CallError,
     },
+    /// The slot that was still being built cannot be used.
+    #[error(transparent)]
+    Slot(#[from] PendingError),
     /// The warm kit cannot be used.
     #[error(transparent)]
     Kit(#[from] KitMisuse),

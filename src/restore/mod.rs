@@ -12,6 +12,7 @@ mod error;
 pub mod kit;
 mod machine;
 mod memory;
+mod netns;
 mod start;
 mod vm_dir;
 
@@ -26,6 +27,7 @@ use mio::Poll;
 
 pub use error::{Cause, RestoreError, Stage};
 pub use machine::Restoring;
+pub use netns::Netns;
 pub use vm_dir::VmDir;
 
 use self::kit::Kit;
@@ -54,9 +56,9 @@ pub struct RestoreSpec {
     pub vmm: LaunchSpec,
     /// Where the directories of running VMs lie; `/run/rewake` by default.
     pub runtime_dir: PathBuf,
-    /// The network namespace that CH starts in and the guest is reached from, as a path
-    /// (`/run/netns/NAME`). Absent: the caller's.
-    pub netns: Option<PathBuf>,
+    /// The network namespace that CH starts in and the guest is reached from. Absent: the
+    /// caller's.
+    pub netns: Option<Netns>,
     /// Where envd listens, seen from that namespace.
     pub guest: SocketAddr,
     /// How readiness is probed.

@@ -12,7 +12,7 @@ use super::error::{Cause, Stage};
 use super::kit::{Kit, KitMisuse, PassingLink, Taken, entrust};
 use super::memory::{self, Held};
 use super::vm_dir::VmDir;
-use super::{Gate, RestoreSpec};
+use super::{Gate, Netns, RestoreSpec};
 use crate::deadline::Deadline;
 use crate::envd::ready::Prober;
 use crate::envd::socket::{CurrentNetns, InNetns, Sockets};
@@ -86,7 +86,6 @@ impl Start {
         if let Some(kit) = kit {
             return self.run_warm(spec, kit, (snapshot, claim), plan, deadline, api_tokens);
         }
-        let netns = spec.netns.as_deref().map(open_netns).transpose()?;
         vm_dir
             .create(&mut self.ledger)
             .map_err(|source| Cause::File {
@@ -101,6 +100,10 @@ impl Start {
         let api = queue_restore(&vm_dir, stream, &plan, spec, deadline, api_tokens)?;
         self.timeline.mark(Phase::Planned);
 
+        let netns = spec.netns.as_ref().map(Netns::open).transpose()?;
+        if matches!(spec.netns, Some(Netns::Of(_))) {
+            self.timeline.mark(Phase::NetnsPinned);
+        }
         if let Some(file) = snapshot.memory() {
             file.check_unchanged()?;
         }
@@ -119,11 +122,11 @@ impl Start {
         self.timeline.mark(Phase::Spawned);
         let (id, pid) = (&spec.inputs.sandbox_id, vmm.pid());
         log::info!("Sandbox {id}: Cloud Hypervisor is process {pid}");
+        // CH takes milliseconds to come up: time to make the probes' sockets.
         memory::read_ahead(&plan, &snapshot, &mut self.timeline);
+        let sockets = sockets_in(netns, spec)?;
         self.pass_gate(spec)?;
 
-        // CH takes milliseconds to come up: time to make the probes' sockets.
-        let sockets = sockets_in(netns, spec)?;
         let vm_dir = vm_dir.path().to_owned();
         let mapped = plan.memory_mode.maps_file();
         let started = Started {
@@ -192,8 +195,13 @@ impl Start {
     /// The vCPUs run only after this was written down: the request is sent by the machine.
     fn pass_gate(&mut self, spec: &RestoreSpec) -> Result<(), Cause> {
         self.ledger.check().map_err(Cause::Log)?;
+        self.stage = Stage::Gate;
+        if let Some(netns) = &spec.netns
+            && let Some(since) = netns.stands()?
+        {
+            self.timeline.mark_at(Phase::SlotAcquired, since);
+        }
         if let Some(Gate(gate)) = &spec.gate {
-            self.stage = Stage::Gate;
             gate().map_err(Cause::Gate)?;
             self.timeline.mark(Phase::GatePassed);
         }
@@ -207,13 +215,6 @@ fn ended_or(error: KitMisuse, vmm: &mut Vmm) -> Cause {
         Ok(true) => Cause::Ended { exit: vmm.reap() },
         _ => error.into(),
     }
-}
-
-fn open_netns(path: &Path) -> Result<OwnedFd, Cause> {
-    netns::open(path).map_err(|source| Cause::Netns {
-        path: path.to_owned(),
-        source,
-    })
 }
 
 /// Writes what CH is given to restore; it opens the memory file at `memory`.
@@ -271,7 +272,11 @@ fn sockets_in(netns: Option<OwnedFd>, spec: &RestoreSpec) -> Result<Sockets, Cau
     };
     let shelf =
         netns::tcp_sockets(netns.as_fd(), Prober::TOKENS).map_err(|source| Cause::Netns {
-            path: spec.netns.clone().unwrap_or_default(),
+            path: spec
+                .netns
+                .as_ref()
+                .map_or(Path::new(""), Netns::path)
+                .to_owned(),
             source,
         })?;
     Ok(Arc::new(InNetns::with_shelf(netns, shelf)))

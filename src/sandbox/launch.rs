@@ -8,16 +8,15 @@ use super::dir::SandboxDir;
 use super::error::{Cause, Error, Full, Operation, file};
 use super::hold::Hold;
 use super::journal::{Identity, Journal};
-use super::making::Making;
+use super::making::{Got, Making};
 use super::untouched::Ran;
 use crate::deadline::Deadline;
 use crate::envd::init::{Init, Lifecycle};
 use crate::ids::{SandboxId, SlotIndex, TemplateId};
 use crate::plan::{MemoryMode, PassedOver, PlanError, RootDisk, Unfit};
 use crate::resource::disk::DiskMode;
-use crate::resource::net::{CreateError, Slot};
+use crate::resource::net::CreateError;
 use crate::resource::slot::SlotError;
-use crate::restore::kit::Kit;
 use crate::restore::{self, Gate, Stage};
 use crate::snapshot::{ClaimError, OwnError, SealError, SnapshotDir, make_own};
 use crate::timeline::{Phase, Timeline};
@@ -252,7 +251,7 @@ fn slot(
     index: Option<SlotIndex>,
     may_be_warm: bool,
     deadline: Deadline,
-) -> Result<(Slot, Option<Kit>), Cause> {
+) -> Result<Got, Cause> {
     let owner = id.as_str();
     let kits = ctx.kits.get();
     if let (true, None, Some(kits)) = (may_be_warm, index, kits)
@@ -261,21 +260,20 @@ fn slot(
             .map_err(|error| Cause::Slot(error.into()))?
         && let Some(slot) = warm.slot
     {
-        return Ok((slot, Some(warm.kit)));
+        return Ok(Got::Standing(Box::new((slot, Some(warm.kit)))));
     }
     let made = match index {
-        Some(index) => ctx.net.create_at(index, owner, deadline),
+        Some(index) => ctx.net.begin_at(index, owner, deadline).map(Got::Pending),
         None => match ctx.pool.take(owner) {
-            Ok(Some(slot)) => Ok(slot),
-            Ok(None) => ctx.net.create(owner, deadline),
+            Ok(Some(slot)) => Ok(Got::Standing(Box::new((slot, None)))),
+            Ok(None) => ctx.net.begin(owner, deadline).map(Got::Pending),
             Err(error) => Err(error.into()),
         },
     };
-    let made = made.map_err(|error| match error {
+    made.map_err(|error| match error {
         CreateError::Slot(SlotError::Exhausted(slots)) => Cause::Full(Full::Slots { slots }),
         error => Cause::Slot(error),
-    })?;
-    Ok((made, None))
+    })
 }
 
 /// Nothing comes to life that was destroyed meanwhile.

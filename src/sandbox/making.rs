@@ -5,17 +5,16 @@
 //! the blocking calls or a [`Driver`](crate::host::Driver), hands its outcome to
 //! [`Making::conclude`]; a making that is dropped before is undone.
 
-use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::Sandbox;
 use super::admission::Place;
 use super::error::{Cause, Error, Operation, Remains};
 use super::hold::{Hold, UNDO_BUDGET};
-use super::journal::Journal;
 use super::kept::put_back;
+use super::recorder::Recorder;
 use super::state::{RunningVm, State, Status};
 use super::untouched::Ran;
 use crate::deadline::Deadline;
@@ -24,54 +23,20 @@ use crate::ids::SlotIndex;
 use crate::memory::WorkingSet;
 use crate::plan::{MemoryMode, RestoreInputs, RootDisk};
 use crate::resource::disk::{Disk, DiskFailure};
-use crate::resource::ledger::{Step, StepLog};
-use crate::resource::net::Slot;
+use crate::resource::ledger::StepLog;
+use crate::resource::net::{PendingSlot, Slot};
 use crate::resource::slot::ProcessIdentity;
 use crate::restore::kit::Kit;
 use crate::restore::{self, Gate, RestoreError, RestoreSpec, Restored};
 use crate::timeline::{Phase, Timeline};
 
-/// Writes the steps of a restore into the sandbox's journal, and the process into the record
-/// of its slot, which is not freed while that process lives.
+/// A network slot as it is got.
 #[derive(Debug)]
-pub(crate) struct Recorder {
-    journal: Arc<Journal>,
-    slot: Mutex<Option<Slot>>,
-}
-
-impl Recorder {
-    fn with_slot<T>(&self, work: impl FnOnce(&mut Option<Slot>) -> T) -> T {
-        let mut slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
-        work(&mut slot)
-    }
-
-    fn set_vmm(&self, vmm: Option<ProcessIdentity>) -> io::Result<()> {
-        self.with_slot(|slot| match slot {
-            Some(slot) => slot.set_vmm(vmm).map_err(io::Error::other),
-            None => Ok(()),
-        })
-    }
-}
-
-impl StepLog for Recorder {
-    fn made(&self, step: &Step) -> io::Result<()> {
-        self.journal.made(step)?;
-        if let Step::Process { pid, start_time } = step {
-            let (pid, start_time) = (*pid, *start_time);
-            self.set_vmm(Some(ProcessIdentity { pid, start_time }))?;
-        }
-        Ok(())
-    }
-
-    fn undone(&self, step: &Step) {
-        self.journal.undone(step);
-        if matches!(step, Step::Process { .. })
-            && let Err(error) = self.set_vmm(None)
-        {
-            // The process is dead, which anybody who asks will find.
-            log::debug!("The slot still names its VMM: {error}");
-        }
-    }
+pub(crate) enum Got {
+    /// As it was kept or prepared, with the process that waits in it, where one does.
+    Standing(Box<(Slot, Option<Kit>)>),
+    /// It is being built. The restore goes on meanwhile, as far as it can.
+    Pending(PendingSlot),
 }
 
 /// A sandbox on its way to running.
@@ -102,10 +67,7 @@ impl Making {
         deadline: Deadline,
     ) -> Self {
         Self {
-            recorder: Arc::new(Recorder {
-                journal: Arc::clone(&hold.journal),
-                slot: Mutex::new(None),
-            }),
+            recorder: Arc::new(Recorder::new(&hold.journal)),
             hold,
             operation,
             timeline,
@@ -119,11 +81,12 @@ impl Making {
         }
     }
 
-    /// Acquires slot and disk, neither waiting for the other. What one has got is taken over
+    /// Acquires slot and disk, neither waiting for the other, nor for a slot that has to be
+    /// built. What one has got is taken over
     /// before the other's failure is looked at: all that was made is undone.
     pub(crate) fn acquire(
         &mut self,
-        slot: impl FnOnce() -> Result<Option<(Slot, Option<Kit>)>, Cause>,
+        slot: impl FnOnce() -> Result<Option<Got>, Cause>,
         disk: Option<impl FnOnce() -> Result<Disk, DiskFailure> + Send>,
         what: &'static str,
     ) -> Result<(), Cause> {
@@ -139,15 +102,23 @@ impl Making {
                 (slot, slot_at, Some(disk))
             }),
         };
-        let slot = slot.map(|acquired| {
-            if let Some((slot, kit)) = acquired {
-                self.recorder.with_slot(|place| *place = Some(slot));
+        let stands = slot.map(|got| match got {
+            Some(Got::Standing(standing)) => {
+                let (slot, kit) = *standing;
+                self.recorder.put_slot(slot);
                 self.kit = kit;
+                true
             }
+            Some(Got::Pending(slot)) => {
+                self.recorder.expect_slot(slot);
+                false
+            }
+            None => true,
         });
         let disk = disk.map(|(disk, at)| (disk.map(|disk| self.disk = Some(disk)), at));
-        slot?;
-        self.timeline.mark_at(Phase::SlotAcquired, slot_at);
+        if stands? {
+            self.timeline.mark_at(Phase::SlotAcquired, slot_at);
+        }
         if let Some((disk, at)) = disk {
             disk.map_err(|failure| Cause::Disk {
                 what,
@@ -164,8 +135,7 @@ impl Making {
     }
 
     pub(crate) fn slot_index(&self) -> Option<SlotIndex> {
-        self.recorder
-            .with_slot(|slot| slot.as_ref().map(Slot::index))
+        self.recorder.slot_index()
     }
 
     pub(crate) fn disk(&self) -> Option<&Disk> {
@@ -191,16 +161,13 @@ impl Making {
         let mut spec = RestoreSpec::new(inputs, &ctx.config.vmm.program, ctx.guest());
         spec.vmm = ctx.config.vmm.clone();
         spec.runtime_dir.clone_from(&ctx.config.runtime_dir);
-        spec.netns = self.recorder.with_slot(|slot| {
-            let slot = slot.as_ref();
-            slot.map(|slot| slot.netns_path().to_owned())
-        });
+        spec.netns = self.recorder.netns();
         spec.hedge = ctx.config.hedge.clone();
         spec.snapshot_limits = ctx.config.snapshot_limits;
         spec.init = Some(init);
         spec.budgets = ctx.config.budgets;
         spec.log = Some(Arc::clone(&self.recorder) as Arc<dyn StepLog>);
-        spec.gate = Some(gate);
+        spec.gate = Some(Recorder::gate(&self.recorder, gate));
         spec.timeline = Some(self.timeline.clone());
         self.spec = Some(spec);
     }
@@ -248,7 +215,7 @@ impl Making {
         // From here on the journal answers for the process.
         drop(restored.into_parts());
         // Both stay as they are, without anybody holding them.
-        self.recorder.with_slot(Option::take);
+        drop(self.recorder.take_slot());
         drop(self.disk.take());
         let mut sandbox = Sandbox::new(&self.hold.ctx, &self.hold.id, &status, timeline);
         if status.vm.as_ref().is_some_and(|vm| vm.lazy) {
@@ -268,7 +235,7 @@ impl Making {
         }
         self.concluded = true;
         drop(restored.into_parts());
-        self.recorder.with_slot(Option::take);
+        drop(self.recorder.take_slot());
         drop(self.disk.take());
         let cause = Cause::Unrecorded(Box::new(error));
         Error::new(&self.hold.id, self.operation, cause)
@@ -323,7 +290,7 @@ impl Making {
         // A process that waits in the slot ends before the slot does.
         drop(self.kit.take());
         // What undoing needs is found by its record; nobody must hold it then.
-        let slot = self.recorder.with_slot(Option::take);
+        let slot = self.recorder.take_slot();
         let disk = self.disk.take();
         if self.operation == Operation::Launch {
             drop((slot, disk));

@@ -24,6 +24,7 @@ mod launch;
 mod live;
 mod making;
 mod pause;
+mod recorder;
 mod recover;
 mod resume;
 mod snapshot;

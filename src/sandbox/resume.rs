@@ -6,16 +6,15 @@ use std::sync::Arc;
 use super::context::Context;
 use super::error::{Cause, Error, Operation};
 use super::hold::Hold;
-use super::making::Making;
+use super::making::{Got, Making};
 use super::state::{State, Status};
 use super::untouched::{Print, Ran, prints};
 use crate::deadline::Deadline;
 use crate::envd::init::{Init, Lifecycle};
 use crate::ids::SandboxId;
 use crate::plan::MemoryMode;
-use crate::resource::net::{CreateError, Slot};
+use crate::resource::net::CreateError;
 use crate::restore::Gate;
-use crate::restore::kit::Kit;
 use crate::snapshot::{MEMORY_FILE, ZONE_FILE};
 use crate::timeline::Timeline;
 
@@ -90,13 +89,13 @@ fn acquire(ctx: &Context, paused: &Status, making: &mut Making) -> Result<(), Ca
     let (id, disks) = (making.hold.id.clone(), making.hold.dir.disk());
     let has_disk = making.hold.journal.story().identity.disk;
     let deadline = making.deadline;
-    let take_slot = || -> Result<Option<(Slot, Option<Kit>)>, Cause> {
+    let take_slot = || -> Result<Option<Got>, Cause> {
         let Some(index) = paused.slot else {
             return Ok(None);
         };
         let lease = ctx.net.slots().reserve(index, id.as_str())?;
         let slot = ctx.net.revive(lease, deadline);
-        slot.map(|slot| Some((slot, None)))
+        slot.map(|slot| Some(Got::Standing(Box::new((slot, None)))))
             .map_err(|failure| Cause::Slot(CreateError::Build(failure)))
     };
     let attach = || ctx.disks.attach(&id, &disks, deadline);

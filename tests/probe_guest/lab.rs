@@ -168,7 +168,7 @@ impl Lab {
         };
         let mut spec = RestoreSpec::new(inputs, &self.program, self.guest());
         spec.runtime_dir = self.dir.join("run");
-        spec.netns = Some(self.netns_path());
+        spec.netns = Some(self.netns_path().into());
         spec.vmm.env = self.environment();
         spec
     }

@@ -158,7 +158,7 @@ fn root_kvm_builds_and_wakes_twice() {
         let mut spec = lab.restore_spec(template.dir(), MemoryPolicy::Auto { owned: false });
         spec.inputs.sandbox_id = SandboxId::random();
         spec.inputs.disk = template.root_disk(Some(disk));
-        spec.netns = Some(slot.netns_path().to_owned());
+        spec.netns = Some(slot.netns_path().into());
         spec.init = Some(Init::new());
         let restored = woken(&spec);
         assert_eq!(restored.memory_mode, MemoryMode::Map);

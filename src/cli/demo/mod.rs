@@ -21,7 +21,7 @@ use rewake::ids::SandboxId;
 use rewake::plan::{RestoreInputs, RootDisk};
 use rewake::probe_guest;
 use rewake::resource::ledger::{Ledger, Step};
-use rewake::restore::{RestoreSpec, Restored, restore};
+use rewake::restore::{Netns, RestoreSpec, Restored, restore};
 use rewake::units::Bytes;
 use rewake::vm_config::{
     BalloonConfig, ConsoleConfig, ConsoleOutputMode, CpusConfig, MemoryConfig, PayloadConfig,
@@ -228,7 +228,7 @@ fn tell_in(
     let mut spec = RestoreSpec::new(inputs, &actor.spec.program, network.guest());
     spec.vmm = actor.spec.clone();
     spec.runtime_dir = dir.join("run");
-    spec.netns = network.netns_path();
+    spec.netns = network.netns_path().map(Netns::from);
     spec.init = Some(Init::new());
     let restored = restore(&spec, deadline)?;
     let after = recall(&actor, network, deadline)?;

@@ -163,15 +163,40 @@ impl HostNet {
     /// # Errors
     /// [`SlotFailure`]; the index has been freed unless there are leftovers.
     pub fn build(&self, lease: SlotLease, deadline: Deadline) -> Result<Slot, SlotFailure> {
-        self.raise(lease, deadline).map_err(|failed| {
+        self.build_with(lease, deadline, |_| {})
+    }
+
+    /// The same. The namespace is shown to `pinned` once it has its name, by the thread that
+    /// builds.
+    pub(super) fn build_with(
+        &self,
+        lease: SlotLease,
+        deadline: Deadline,
+        pinned: impl FnOnce(BorrowedFd<'_>) + Send,
+    ) -> Result<Slot, SlotFailure> {
+        self.raise(lease, deadline, pinned).map_err(|failed| {
             let (lease, failure) = *failed;
-            if failure.leftovers.is_empty()
-                && let Err(held) = lease.release()
-            {
-                log::warn!("Slot {} stays out of use: {}", failure.index, held.error);
-            }
-            failure
+            Self::unbuilt(lease, failure.source, failure.leftovers)
         })
+    }
+
+    /// Frees the index of a slot that could not be built, unless something is left of it.
+    pub(super) fn unbuilt(
+        lease: SlotLease,
+        source: NetError,
+        leftovers: Vec<NetLeftover>,
+    ) -> SlotFailure {
+        let index = lease.index();
+        if leftovers.is_empty()
+            && let Err(held) = lease.release()
+        {
+            log::warn!("Slot {index} stays out of use: {}", held.error);
+        }
+        SlotFailure {
+            index,
+            source,
+            leftovers,
+        }
     }
 
     /// Takes up a slot that was kept, as it stands; or removes what is left of it and builds
@@ -191,7 +216,7 @@ impl HostNet {
         let mut steps = record.map_or_else(Vec::new, |record| record.steps.clone());
         let mut leftovers = self.unwind(&mut steps, deadline);
         let (lease, failure) = if leftovers.is_empty() {
-            match self.raise(lease, deadline) {
+            match self.raise(lease, deadline, |_| {}) {
                 Ok(slot) => return Ok(slot),
                 Err(failed) => *failed,
             }
@@ -215,10 +240,11 @@ impl HostNet {
         &self,
         mut lease: SlotLease,
         deadline: Deadline,
+        pinned: impl FnOnce(BorrowedFd<'_>) + Send,
     ) -> Result<Slot, Box<(SlotLease, SlotFailure)>> {
         let plan = self.config.slot(lease.index());
         let mut steps = Vec::new();
-        match self.assemble(&mut lease, &plan, &mut steps, deadline) {
+        match self.assemble(&mut lease, &plan, &mut steps, deadline, pinned) {
             Ok((netns, path)) => Ok(Slot {
                 lease,
                 plan,
@@ -303,6 +329,7 @@ impl HostNet {
         plan: &SlotPlan,
         steps: &mut Vec<NetStep>,
         deadline: Deadline,
+        pinned: impl FnOnce(BorrowedFd<'_>) + Send,
     ) -> Result<(OwnedFd, PathBuf), NetError> {
         let path = self.config.netns_dir.join(&plan.netns);
         let faults = &self.faults;
@@ -323,6 +350,7 @@ impl HostNet {
             steps.extend(self.planned(plan, identity.step(&path)));
             lease.set_steps(steps.clone())?;
             namespace::pin(&path, faults)?;
+            pinned(namespace.as_fd());
             let mut inside = Sockets::open(faults)?;
             namespace::settings(&self.config, faults)?;
             let tap = namespace::make_tap(&self.config, faults)?;

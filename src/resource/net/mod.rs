@@ -20,6 +20,7 @@ mod error;
 mod host;
 mod link;
 mod namespace;
+mod pending;
 mod pool;
 mod step;
 mod sweep;
@@ -30,6 +31,7 @@ pub use address::{AddressError, IfNameText, Ipv4Range, Mac, NetConfig, SlotPlan}
 pub use create::{CreateError, Slot};
 pub use error::{NetError, NetLeftover, SlotFailure};
 pub use host::{HostNet, RouteOverlap, Uplink};
+pub use pending::{PendingError, PendingSlot};
 pub use pool::{PoolOptions, PoolStats, SlotPool};
 pub use step::NetStep;
 pub use sweep::SweepReport;

@@ -2,15 +2,16 @@
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rewake::deadline::Deadline;
 use rewake::envd::init::Init;
 use rewake::ids::SandboxId;
 use rewake::plan::{MemoryPolicy, RestoreInputs, RootDisk};
 use rewake::resource::disk::Disk;
-use rewake::resource::net::Slot;
+use rewake::resource::net::{PendingSlot, Slot};
 use rewake::restore::kit::{Kit, Warm};
-use rewake::restore::{RestoreSpec, Restored, restore_with};
+use rewake::restore::{Netns, RestoreSpec, Restored, restore_with};
 use rewake::timeline::{Phase, Timeline};
 use rewake::vmm::api::Client;
 
@@ -43,20 +44,24 @@ pub(super) fn launch(job: &Job<'_>) -> Result<Launched, Failure> {
     let mut timeline = Timeline::start();
     let id = SandboxId::random();
     let (kit, slot) = acquire(job, &id)?;
-    timeline.mark(Phase::SlotAcquired);
+    if kit.is_some() {
+        timeline.mark(Phase::SlotAcquired);
+    }
     let disk = match make_disk(job, &id) {
         Ok(disk) => disk,
         Err(failure) => {
             drop(kit);
-            remove_slot(job.stage, slot);
+            slot.remove(job.stage);
             return Err(failure);
         }
     };
     timeline.mark(Phase::DiskAcquired);
-    let netns = slot.netns().try_clone_to_owned()?;
-    let spec = spec(job, id, &slot, disk.as_ref(), timeline);
+    let spec = spec(job, id, slot.netns(), disk.as_ref(), timeline);
     match restore_with(&spec, kit, Deadline::after(BUDGET)) {
         Ok(restored) => {
+            // Invariant: no restore succeeds on a slot that does not stand.
+            let slot = slot.take().unwrap_or_else(|| unreachable!("it stands"));
+            let netns = slot.netns().try_clone_to_owned()?;
             // The balloon, which comes after it, is nobody's concern.
             let done = restored.timeline.at(Phase::InitDone).unwrap_or_default();
             Ok(Launched {
@@ -74,7 +79,7 @@ pub(super) fn launch(job: &Job<'_>) -> Result<Launched, Failure> {
         }
         Err(error) => {
             remove_disk(job.stage, disk);
-            remove_slot(job.stage, slot);
+            slot.remove(job.stage);
             log::debug!("failed after {} phases", error.timeline.marks().len());
             Err(error.into())
         }
@@ -125,19 +130,49 @@ pub(in crate::cli::bench) fn acquaint(
     .into()))
 }
 
-fn acquire(job: &Job<'_>, id: &SandboxId) -> Result<(Option<Kit>, Slot), Failure> {
+/// The slot of a guest that is being launched.
+enum Place {
+    Standing(Box<Slot>),
+    /// Made for it, while the restore begins.
+    Pending(Arc<PendingSlot>),
+}
+
+impl Place {
+    fn netns(&self) -> Netns {
+        match self {
+            Self::Standing(slot) => slot.netns_path().into(),
+            Self::Pending(slot) => Arc::clone(slot).into(),
+        }
+    }
+
+    fn take(self) -> Option<Slot> {
+        match self {
+            Self::Standing(slot) => Some(*slot),
+            Self::Pending(slot) => slot.take(),
+        }
+    }
+
+    fn remove(self, stage: &Stage) {
+        if let Some(slot) = self.take() {
+            remove_slot(stage, slot);
+        }
+    }
+}
+
+fn acquire(job: &Job<'_>, id: &SandboxId) -> Result<(Option<Kit>, Place), Failure> {
     if let Some(kits) = job.kits {
         if let Some(Warm {
             kit,
             slot: Some(slot),
         }) = kits.take(id.as_str())?
         {
-            return Ok((Some(kit), slot));
+            return Ok((Some(kit), Place::Standing(Box::new(slot))));
         }
         return Err(Exhausted.into());
     }
     let deadline = Deadline::after(BUDGET);
-    Ok((None, job.stage.net.create(id.as_str(), deadline)?))
+    let slot = job.stage.net.begin(id.as_str(), deadline)?;
+    Ok((None, Place::Pending(Arc::new(slot))))
 }
 
 /// A warm launch that would silently have been a cold one.
@@ -148,7 +183,7 @@ struct Exhausted;
 fn spec(
     job: &Job<'_>,
     id: SandboxId,
-    slot: &Slot,
+    netns: Netns,
     disk: Option<&Disk>,
     timeline: Timeline,
 ) -> RestoreSpec {
@@ -164,7 +199,7 @@ fn spec(
     let mut spec = RestoreSpec::new(inputs, &actor.spec.program, job.stage.guest());
     spec.vmm = job.vmm_spec();
     spec.runtime_dir = run_dir(job.stage);
-    spec.netns = Some(slot.netns_path().to_owned());
+    spec.netns = Some(netns);
     spec.init = Some(Init::new());
     spec.timeline = Some(timeline);
     spec
