@@ -514,6 +514,9 @@ fn reads_times_as_jiff_does() {
         "2024-12-31t12:00:00z",
         "2026-11-23T15:20:00+05:30",
         "2026-11-23T15:20:00.123456789-08:00",
+        "2026-11-23T15:20:00.1234567Z",
+        "2026-11-23T15:20:00.12345678Z",
+        "2026-11-23T15:20:00.12345678+01:00",
     ] {
         let expected: jiff::Timestamp = text.parse().unwrap();
         assert_eq!(
@@ -530,10 +533,41 @@ fn reads_times_as_jiff_does() {
         "2026-13-23T15:20:00Z",
         "2026-11-23T15:20:00",
         "2026-11-23T15:20:00.Z",
+        "2026-11-23T15:20:00.1234567",
+        "2026-11-23T15:20:00.1234:678Z",
+        "2026-11-23T15:20:00.1234/6789Z",
+        "2026-1/-23T15:20:00Z",
+        "2026-11-23T15:2::00Z",
         "-5",
         "99999999999999999999",
     ] {
         assert_eq!(timestamp(text.as_bytes()), None, "{text}");
+    }
+}
+
+#[test]
+fn strings_of_any_length_end_at_their_own_quotation_mark() {
+    for length in 0..40 {
+        // Letters beyond ASCII and every byte above the forbidden ones, but the two that count.
+        let plain: String = "\u{e4} !#[]^~\u{7f}z"
+            .chars()
+            .cycle()
+            .take(length)
+            .collect();
+        for at in (0..=plain.len()).filter(|at| plain.is_char_boundary(*at)) {
+            let (before, after) = plain.split_at(at);
+            let escaped = format!(r#"{before}\"{after}"#);
+            let text = format!(r#"{{"a":"{plain}","b":"{escaped}"}}"#);
+            let found = strings(text.as_bytes(), [b"a", b"b"]).unwrap();
+            assert_eq!(found, [Some(plain.as_bytes()), Some(escaped.as_bytes())]);
+            for bad in ['\0', '\n', '\u{1f}'] {
+                let text = format!(r#"{{"a":"{before}{bad}{after}"}}"#);
+                let refused = strings(text.as_bytes(), [b"a"]);
+                assert_eq!(refused, Err(Malformed::Syntax), "{text:?}");
+            }
+        }
+        let open = format!(r#"{{"a":"{plain}"#);
+        assert_eq!(strings(open.as_bytes(), [b"a"]), Err(Malformed::Syntax));
     }
 }
 
