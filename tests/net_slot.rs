@@ -4,10 +4,12 @@ mod netlab;
 
 use std::net::SocketAddrV4;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use netlab::census::Census;
 use netlab::faults::FailNth;
 use netlab::guest::{self, Guest};
+use netlab::hold::Hold;
 use netlab::{Lab, soon};
 use rewake::fault::Faults;
 use rewake::resource::net::{HostNet, NetError, RouteOverlap};
@@ -135,6 +137,102 @@ fn root_every_fault_of_create_and_destroy_leaves_nothing() {
             if host.slots().list().unwrap().contains(&index) {
                 host.sweep(soon()).unwrap();
             }
+            before.assert_again(&case, || census(&lab, &host));
+        }
+    }
+}
+
+#[test]
+fn root_a_slot_that_is_being_built_has_a_namespace_before_it_stands() {
+    let test = "root_a_slot_that_is_being_built_has_a_namespace_before_it_stands";
+    let Some(lab) = Lab::new(test) else {
+        return;
+    };
+    let before = census(&lab, &lab.open(Faults::NONE));
+    let gone_on = Arc::new(AtomicBool::new(false));
+    let may_go = Arc::clone(&gone_on);
+    let hold = Hold::new("create tap", move || may_go.load(Ordering::SeqCst));
+    let host = Arc::new(lab.open(Faults::inject(hold.clone())));
+    let pending = host.begin("test", soon()).unwrap();
+    hold.wait_reached();
+    // All that a process needs to start in it: a name, and what the name leads to.
+    let netns = pending.netns().unwrap();
+    let pinned = rewake_sys::netns::open(pending.netns_path()).unwrap();
+    assert!(rewake_sys::netns::same(&netns, &pinned).unwrap());
+    let links = netlab::ip(&netns, "-o link show");
+    assert!(!links.contains("tap0"), "it does not stand: {links}");
+    gone_on.store(true, Ordering::SeqCst);
+    let stood = pending.stands().unwrap();
+    assert_eq!(pending.stands().unwrap(), stood);
+    let slot = pending.take().unwrap();
+    assert_eq!(slot.index(), pending.index());
+    assert!(rewake_sys::netns::same(slot.netns(), &netns).unwrap());
+    assert!(pending.take().is_none(), "it is handed out once");
+    assert!(pending.stands().is_ok(), "and stands all the same");
+    assert!(pending.netns().is_err());
+    drop((pending, netns, pinned));
+    host.destroy(slot, soon()).unwrap();
+    before.assert_again("after destroy", || census(&lab, &host));
+}
+
+#[test]
+fn root_a_slot_that_is_dropped_while_it_is_built_is_found_by_its_record() {
+    let test = "root_a_slot_that_is_dropped_while_it_is_built_is_found_by_its_record";
+    let Some(lab) = Lab::new(test) else {
+        return;
+    };
+    let host = Arc::new(lab.open(Faults::NONE));
+    let before = census(&lab, &host);
+    for _ in 0..10 {
+        let pending = host.begin("test", soon()).unwrap();
+        let index = pending.index();
+        drop(pending);
+        let record = host.slots().record(index).unwrap().unwrap();
+        assert_eq!(record.steps.len(), 4, "it was built to its end");
+        host.sweep(soon()).unwrap();
+        assert_eq!(host.slots().list().unwrap(), []);
+    }
+    before.assert_again("after sweeps", || census(&lab, &host));
+}
+
+#[test]
+fn root_every_fault_of_a_slot_that_is_being_built_is_told_to_all_who_wait() {
+    let test = "root_every_fault_of_a_slot_that_is_being_built_is_told_to_all_who_wait";
+    let Some(lab) = Lab::new(test) else {
+        return;
+    };
+    let injector = Arc::new(FailNth::default());
+    let host = Arc::new(lab.open(Faults::inject(injector.clone())));
+    let before = census(&lab, &host);
+    for late in [false, true] {
+        for target in 0.. {
+            injector.arm(target, late);
+            let begun = host.begin("test", soon());
+            let told = begun.map(|pending| {
+                let netns = pending.netns().map(drop).map_err(|error| chain(&error));
+                let stands = pending.stands().map(drop).map_err(|error| chain(&error));
+                (netns, stands, pending.take())
+            });
+            let failed = injector.disarm();
+            let Some(step) = failed else {
+                assert!(target > 20, "the shim sees every step");
+                let (netns, stands, slot) = told.unwrap();
+                assert_eq!((netns, stands), (Ok(()), Ok(())));
+                host.destroy(slot.unwrap(), soon()).unwrap();
+                break;
+            };
+            let case = format!("late: {late}, {target}: {step}");
+            match told {
+                Ok((netns, stands, slot)) => {
+                    let error = stands.expect_err(&case);
+                    assert!(error.contains(&step), "{case}: {error}");
+                    // The namespace may have been there by then.
+                    assert!(netns.is_ok() || netns == Err(error), "{case}");
+                    assert!(slot.is_none(), "{case}");
+                }
+                Err(error) => assert!(chain(&error).contains(&step), "{case}"),
+            }
+            host.sweep(soon()).unwrap();
             before.assert_again(&case, || census(&lab, &host));
         }
     }

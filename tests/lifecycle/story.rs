@@ -1,11 +1,40 @@
 //! The story of a sandbox from its template to its end.
 
+use rewake::fault::Faults;
 use rewake::host::{LaunchOptions, ResumeOptions};
 use rewake::ids::SandboxId;
 use rewake::plan::MemoryMode;
 use rewake::sandbox::state::State;
+use rewake::timeline::Phase;
 
 use super::lab::{Lab, chain, disk_of, launch, memory_of, read_disk, recall, soon, write_disk};
+use crate::netlab::hold::Hold;
+
+#[test]
+fn root_a_launch_starts_cloud_hypervisor_before_its_slot_stands() {
+    let Some(lab) = Lab::new("root_a_launch_starts_cloud_hypervisor_before_its_slot_stands") else {
+        return;
+    };
+    let sound = lab.open();
+    let template = lab.template(&sound);
+    // The tap is not made before there is a process: with one after the other, it never is.
+    let runs = lab.net.dir.join("run");
+    let hold = Hold::new("create tap", move || {
+        !rewake::vmm::orphan::list(&runs).is_empty()
+    });
+    let host = lab.open_with(&[], Faults::inject(hold.clone()));
+    let sandbox = launch(&host, &template);
+    hold.wait_reached();
+    let timeline = sandbox.timeline();
+    let at = |phase| timeline.at(phase).unwrap_or_else(|| panic!("{phase:?}"));
+    assert!(at(Phase::NetnsPinned) < at(Phase::Spawned), "{timeline}");
+    assert!(
+        at(Phase::SlotAcquired) < at(Phase::GatePassed),
+        "{timeline}"
+    );
+    assert!(at(Phase::GatePassed) < at(Phase::ApiAccepted), "{timeline}");
+    sandbox.destroy().unwrap();
+}
 
 #[test]
 fn root_build_launch_pause_resume_snapshot_launch_destroy() {

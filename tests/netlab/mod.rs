@@ -14,6 +14,7 @@
 pub mod census;
 pub mod faults;
 pub mod guest;
+pub mod hold;
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};

@@ -82,7 +82,7 @@ pub enum PendingError {
 
 impl HostNet {
     /// Takes a free slot and begins to build it, on a thread of its own. As
-    /// [`HostNet::create`] otherwise. Blocks for some ten microseconds.
+    /// [`HostNet::create`] otherwise. Blocks for the slot's file and the start of a thread.
     ///
     /// # Errors
     /// [`CreateError::Slot`] where no index is to be had, [`CreateError::Build`] where no
