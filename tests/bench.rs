@@ -6,12 +6,16 @@
     reason = "a test that cannot prepare itself may panic"
 )]
 
+#[path = "support/real_vmm.rs"]
+mod real_vmm;
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use real_vmm::RealVmm;
 use serde_json::Value;
 
 const REWAKE: &str = env!("CARGO_BIN_EXE_rewake");
@@ -415,6 +419,57 @@ fn root_a_template_of_a_host_and_a_bare_snapshot_can_be_measured() {
     );
     let missing = scratch.bench(&["--stand-in", "--template=none", "--root", &text(&root)]);
     assert!(words(&missing).contains("none"), "{}", words(&missing));
+}
+
+#[test]
+fn root_kvm_a_template_is_measured_on_real_cloud_hypervisor() {
+    let test = "root_kvm_a_template_is_measured_on_real_cloud_hypervisor";
+    let Some(scratch) = Scratch::new(test) else {
+        return;
+    };
+    let shim = match RealVmm::find(&scratch.dir) {
+        Ok(vmm) => vmm.assignment(),
+        Err(reason) => return eprintln!("SKIP {test}: {reason}"),
+    };
+    let text = |name: &str| scratch.path(name).to_str().unwrap().to_owned();
+    let (root, image, out) = (text("root"), text("image"), text("out"));
+    fs::write(&image, vec![7; 1 << 20]).unwrap();
+    let built = Command::new("unshare")
+        .args(["-n", REWAKE, "template", "build", "mine", "--probe-guest"])
+        .args(["--memory-mib", "64", "--rootfs", &image, "--vmm-env", &shim])
+        .args(["--root", &root, "--runtime-dir", &text("run")])
+        .output()
+        .unwrap();
+    assert!(built.status.success(), "{}", words(&built));
+    let memory = Path::new(&root).join("templates/mine/memory");
+    let before = fs::read(&memory).unwrap();
+    let output = scratch.bench(&[
+        "--template=mine",
+        "--root",
+        &root,
+        "--operation=launch,resume,pause,destroy",
+        "--against=conventional,floor",
+        "--iterations=2",
+        "--warm-up=0",
+        "--vmm-env",
+        &shim,
+        "--out",
+        &out,
+    ]);
+    assert!(output.status.success(), "{}", words(&output));
+    scratch.assert_nothing_left();
+    let samples = lines(Path::new(&out));
+    // Three ways to do each, and a warm one of ours to launch; twice.
+    assert_eq!(samples.len(), (4 * 3 + 1) * 2);
+    for sample in &samples {
+        assert_eq!(sample["vmm_kind"], "cloud-hypervisor", "{sample}");
+        assert_eq!(sample["template"], "mine", "{sample}");
+        assert!(sample["ms"].is_f64(), "{sample}");
+    }
+    assert!(
+        before == fs::read(&memory).unwrap(),
+        "nobody wrote to the template"
+    );
 }
 
 /// The rival makes the same disk with losetup and dmsetup where device-mapper works: in the test

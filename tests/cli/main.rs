@@ -5,6 +5,8 @@
 
 #[path = "../netlab/mod.rs"]
 mod netlab;
+#[path = "../support/real_vmm.rs"]
+mod real_vmm;
 
 mod failures;
 mod place;

@@ -1,40 +1,14 @@
 //! The same commands with real Cloud Hypervisor and the probe guest.
 
-use std::path::PathBuf;
-use std::process::Command;
+use std::path::Path;
 
 use super::place::{Place, cells};
+use crate::real_vmm::RealVmm;
 
-/// What stands in the way, else the words that start Cloud Hypervisor here: where KVM
-/// announces nested virtualisation and has none, it needs a library (see its source).
+/// What stands in the way, else the words that start Cloud Hypervisor here.
 fn vmm(place: &Place) -> Result<String, String> {
-    if rewake::probe_guest::ELF.is_none() {
-        return Err("the probe guest was not built".into());
-    }
-    std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .map_err(|error| format!("/dev/kvm: {error}"))?;
-    rewake::doctor::find_program("cloud-hypervisor").ok_or("cloud-hypervisor is not installed")?;
-    let library = match std::env::var_os("REWAKE_NESTED_STATE_SHIM") {
-        Some(given) => PathBuf::from(given),
-        None => {
-            let library = PathBuf::from(place.file("shim.so"));
-            let source = concat!(
-                env!("CARGO_MANIFEST_DIR"),
-                "/tests/support/nested-state-shim.c"
-            );
-            let mut compiler = Command::new("cc");
-            compiler.args(["-O2", "-shared", "-fPIC", "-o"]);
-            let made = compiler.arg(&library).arg(source).status();
-            if !made.is_ok_and(|status| status.success()) {
-                return Err("no C compiler for the shim".into());
-            }
-            library
-        }
-    };
-    Ok(format!("--vmm-env LD_PRELOAD={}", library.display()))
+    let vmm = RealVmm::find(Path::new(&place.file("")))?;
+    Ok(format!("--vmm-env {}", vmm.assignment()))
 }
 
 #[test]

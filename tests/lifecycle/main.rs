@@ -4,6 +4,8 @@
 
 #[path = "../netlab/mod.rs"]
 mod netlab;
+#[path = "../support/real_vmm.rs"]
+mod real_vmm;
 
 mod crash;
 mod deaths;

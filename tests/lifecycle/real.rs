@@ -1,9 +1,5 @@
 //! The same under real Cloud Hypervisor with the probe guest: not one byte lost.
 
-use std::path::PathBuf;
-use std::process::Command;
-
-use rewake::doctor::find_program;
 use rewake::host::{Host, HostConfig, LaunchOptions, ResumeOptions, Sandbox};
 use rewake::ids::TemplateId;
 use rewake::plan::MemoryMode;
@@ -13,11 +9,11 @@ use rewake::template::{BuildSpec, Template};
 use rewake::units::Bytes;
 use rewake::vmm::launch::LaunchSpec;
 use rewake::wire::http::Method;
-use rewake_sys::kvm;
 use serde_json::Value;
 
 use super::lab::{Lab, chain, soon};
 use crate::netlab::skip;
+use crate::real_vmm::RealVmm;
 
 /// Pages that the guest fills with a pattern at boot.
 const PAGES: u64 = 256;
@@ -29,45 +25,17 @@ const FREE_PAGE: u64 = 8192;
 
 /// Real Cloud Hypervisor, or said aloud why not.
 pub(super) fn real(lab: &Lab, test: &str) -> Option<LaunchSpec> {
-    let Some(program) = find_program("cloud-hypervisor") else {
-        skip(test, "there is no cloud-hypervisor on PATH");
-        return None;
-    };
-    if let Err(error) = kvm::api_version() {
-        skip(test, format_args!("no KVM: {error}"));
-        return None;
+    match RealVmm::find(&lab.net.dir) {
+        Ok(vmm) => Some(LaunchSpec {
+            env: vec![vmm.variable()],
+            program: vmm.program,
+            ..LaunchSpec::default()
+        }),
+        Err(reason) => {
+            skip(test, reason);
+            None
+        }
     }
-    if probe_guest::ELF.is_none() {
-        skip(test, "built without the probe guest");
-        return None;
-    }
-    let env = shim(lab).into_iter();
-    Some(LaunchSpec {
-        program,
-        env: env
-            .map(|path| ("LD_PRELOAD".to_owned(), path.display().to_string()))
-            .collect(),
-        ..LaunchSpec::default()
-    })
-}
-
-/// The library that lets `vm.snapshot` work where KVM announces nested virtualisation and has
-/// none. Where KVM is sound it does nothing.
-fn shim(lab: &Lab) -> Option<PathBuf> {
-    if let Some(given) = std::env::var_os("REWAKE_NESTED_STATE_SHIM") {
-        return Some(given.into());
-    }
-    let library = lab.net.dir.join("nested-state-shim.so");
-    let source = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/tests/support/nested-state-shim.c"
-    );
-    let made = Command::new("cc")
-        .args(["-O2", "-shared", "-fPIC", "-o"])
-        .arg(&library)
-        .arg(source)
-        .status();
-    made.is_ok_and(|it| it.success()).then_some(library)
 }
 
 pub(super) fn config(lab: &Lab, vmm: &LaunchSpec) -> HostConfig {

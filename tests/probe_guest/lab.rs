@@ -1,5 +1,8 @@
 //! A network namespace with a tap, and real Cloud Hypervisors with the probe guest on it.
 
+#[path = "../support/real_vmm.rs"]
+mod real_vmm;
+
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,6 +12,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use real_vmm::RealVmm;
 use rewake::deadline::Deadline;
 use rewake::envd::hedge::Hedge;
 use rewake::envd::ready::{Prober, Ready};
@@ -35,8 +39,7 @@ fn soon() -> Deadline {
 pub(crate) struct Lab {
     netns: OwnedFd,
     dir: PathBuf,
-    program: PathBuf,
-    shim: Option<PathBuf>,
+    vmm: Option<RealVmm>,
     sockets: u32,
 }
 
@@ -64,32 +67,16 @@ impl Lab {
     }
 
     fn prepare(test: &str) -> Result<Self, String> {
-        if probe_guest::ELF.is_none() {
-            return Err("the probe guest was not built".into());
-        }
-        if !rustix::process::geteuid().is_root() {
-            return Err("not root".into());
-        }
-        fs::File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/kvm")
-            .map_err(|error| format!("/dev/kvm: {error}"))?;
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        let program = std::env::split_paths(&path)
-            .map(|dir| dir.join("cloud-hypervisor"))
-            .find(|program| program.is_file())
-            .ok_or("cloud-hypervisor is not installed")?;
         let dir = std::env::temp_dir().join(format!("rewake-{test}-{}", std::process::id()));
         fs::create_dir(&dir).map_err(|error| format!("{}: {error}", dir.display()))?;
         // From here on the directory is removed on every way out.
         let mut lab = Self {
             netns: netns::current().unwrap(),
             dir,
-            program,
-            shim: None,
+            vmm: None,
             sockets: 0,
         };
+        lab.vmm = Some(RealVmm::find(&lab.dir)?);
         lab.netns = netns::run_in_new(|netns| {
             let options = TapOptions {
                 vnet_header: true,
@@ -110,7 +97,6 @@ impl Lab {
         })
         .map_err(|error| error.to_string())??;
         probe_guest::write_to(&lab.dir.join("guest")).unwrap();
-        lab.shim = shim(&lab.dir)?;
         Ok(lab)
     }
 
@@ -166,7 +152,7 @@ impl Lab {
             memory_mode: memory.into(),
             ..RestoreInputs::new(id.parse().unwrap(), source)
         };
-        let mut spec = RestoreSpec::new(inputs, &self.program, self.guest());
+        let mut spec = RestoreSpec::new(inputs, self.program(), self.guest());
         spec.runtime_dir = self.dir.join("run");
         spec.netns = Some(self.netns_path().into());
         spec.vmm.env = self.environment();
@@ -181,9 +167,9 @@ impl Lab {
     }
 
     /// The `cloud-hypervisor` in use.
-    #[allow(dead_code, reason = "the benches start it by hand")]
     pub(crate) fn program(&self) -> &Path {
-        &self.program
+        // Invariant: without one there is no lab.
+        &self.vmm.as_ref().unwrap().program
     }
 
     /// Where the guest listens, seen from the lab's namespace.
@@ -198,9 +184,7 @@ impl Lab {
     }
 
     fn environment(&self) -> Vec<(String, String)> {
-        let shim = self.shim.iter();
-        shim.map(|shim| ("LD_PRELOAD".to_owned(), shim.display().to_string()))
-            .collect()
+        self.vmm.iter().map(RealVmm::variable).collect()
     }
 
     /// Asks the guest on this lab's tap, whoever started it.
@@ -216,7 +200,7 @@ impl Lab {
         let path = self.dir.join(format!("api{}", self.sockets));
         let (socket, stream) = ApiSocket::bind(&path).unwrap();
         let spec = LaunchSpec {
-            program: self.program.clone(),
+            program: self.program().to_owned(),
             args,
             env: self.environment(),
             ..LaunchSpec::default()
@@ -369,26 +353,4 @@ fn run(command: &mut Command) -> Result<(), String> {
         "{command:?}: {}",
         String::from_utf8_lossy(&output.stderr).trim()
     ))
-}
-
-/// The library that lets `vm.snapshot` work where KVM announces nested virtualisation and has
-/// none (see its source), made with the machine's C compiler. Without one, none.
-fn shim(dir: &Path) -> Result<Option<PathBuf>, String> {
-    if let Some(given) = std::env::var_os("REWAKE_NESTED_STATE_SHIM") {
-        return Ok(Some(given.into()));
-    }
-    let library = dir.join("nested-state-shim.so");
-    let source = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/tests/support/nested-state-shim.c"
-    );
-    let mut compiler = Command::new("cc");
-    compiler
-        .args(["-O2", "-shared", "-fPIC", "-o"])
-        .arg(&library)
-        .arg(source);
-    match run(&mut compiler) {
-        Ok(()) => Ok(Some(library)),
-        Err(reason) => Err(reason),
-    }
 }
