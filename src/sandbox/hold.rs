@@ -213,14 +213,34 @@ impl Hold {
             // A VM that may still run needs its slot and its disk.
             return left;
         }
-        left.extend(self.remove_slot(status.slot, deadline).err());
-        left.extend(self.remove_disk(deadline).err());
+        left.extend(self.remove_slot_and_disk(status.slot, deadline));
         if left.is_empty()
             && let Err(error) = self.remove_dir()
         {
             left.push(Remains::File(self.dir.path().to_owned(), error));
         }
         left
+    }
+
+    /// Both at the same time: each mostly waits for locks of the kernel's own, which the other
+    /// does not take. What is gone when this returns is gone: nothing is left to be removed
+    /// later, as by [`DiskPool::retire`](crate::resource::disk::DiskPool::retire).
+    fn remove_slot_and_disk(&self, slot: Option<SlotIndex>, deadline: Deadline) -> Vec<Remains> {
+        let remove_disk = || self.remove_disk(deadline);
+        let (slot, disk) = std::thread::scope(|scope| {
+            let disk = std::thread::Builder::new().spawn_scoped(scope, remove_disk);
+            let slot = self.remove_slot(slot, deadline);
+            let disk = match disk {
+                // A panic of the disk's thread goes on in ours.
+                Ok(disk) => disk
+                    .join()
+                    .unwrap_or_else(|it| std::panic::resume_unwind(it)),
+                // Where no thread can be had, one after the other.
+                Err(_) => remove_disk(),
+            };
+            (slot, disk)
+        });
+        [slot.err(), disk.err()].into_iter().flatten().collect()
     }
 
     fn remove_dir(&self) -> std::io::Result<()> {

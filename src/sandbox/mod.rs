@@ -60,7 +60,7 @@ pub use untouched::Print;
 use crate::deadline::Deadline;
 use crate::envd::client::Client as Agent;
 use crate::ids::{SandboxId, SlotIndex, TemplateId};
-use crate::resource::disk::{DiskInfo, Progress};
+use crate::resource::disk::{DiskInfo, DiskWatch, Progress};
 use crate::template::{Template, TemplateStore};
 use crate::timeline::Timeline;
 use crate::vmm::api::Client as Api;
@@ -227,6 +227,27 @@ impl Sandbox {
         let info = self.ctx.disks.inspect(&self.id, &dir);
         info.map(Some).map_err(|source| {
             let what = "look at";
+            Error::new(
+                &self.id,
+                Operation::Inspect,
+                Cause::DiskFile { what, source },
+            )
+        })
+    }
+
+    /// Has a watch report how its disk fares from now on: a store under pressure before it is
+    /// full, one that is full, one that is lost. Returns whether it has a disk of its own. A
+    /// disk is watched until it is detached: again after each resume.
+    ///
+    /// # Errors
+    /// [`Cause::DiskFile`].
+    pub fn watch_disk(&self, watch: &mut DiskWatch) -> Result<bool, Error> {
+        if !self.story()?.identity.disk {
+            return Ok(false);
+        }
+        let added = watch.add(&self.id, &self.dir().disk());
+        added.map(|()| true).map_err(|source| {
+            let what = "watch";
             Error::new(
                 &self.id,
                 Operation::Inspect,

@@ -1,11 +1,17 @@
 //! The story of a sandbox from its template to its end.
 
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use mio::Poll;
 use rewake::fault::Faults;
 use rewake::host::{LaunchOptions, ResumeOptions};
 use rewake::ids::SandboxId;
 use rewake::plan::MemoryMode;
+use rewake::resource::disk::{DiskConfig, DiskEvent, DiskWatch, StoreState, WatchOptions};
 use rewake::sandbox::state::State;
 use rewake::timeline::Phase;
+use rewake::wire::reactor::TokenRange;
 
 use super::lab::{Lab, chain, disk_of, launch, memory_of, read_disk, recall, soon, write_disk};
 use crate::netlab::hold::Hold;
@@ -194,4 +200,50 @@ fn root_what_cannot_be_done_is_said_and_changes_nothing() {
     let sandbox = host.resume(&id, ResumeOptions::default()).unwrap();
     recall(&sandbox.agent().unwrap());
     sandbox.destroy().unwrap();
+}
+
+#[test]
+fn root_a_watch_reports_pressure_on_the_disks_of_sandboxes() {
+    let test = "root_a_watch_reports_pressure_on_the_disks_of_sandboxes";
+    let Some(lab) = Lab::new(test) else { return };
+    let host = lab.open();
+    let before = lab.census();
+    let template = lab.template(&host);
+    let sandboxes = [launch(&host, &template), launch(&host, &template)];
+    let mut config = DiskConfig::default();
+    // No disk has as much room as that.
+    config.thresholds.used_percent = 0;
+    let options = WatchOptions {
+        every: Duration::from_millis(20),
+        under_pressure: Duration::from_millis(20),
+    };
+    let mut watch = DiskWatch::new(config, options, TokenRange::new(0, DiskWatch::TOKENS));
+    let mut poll = Poll::new().unwrap();
+    for sandbox in &sandboxes {
+        assert!(sandbox.watch_disk(&mut watch).unwrap());
+    }
+    let mut told = BTreeSet::new();
+    for _ in &sandboxes {
+        let event = watch.wait(&mut poll, soon()).unwrap().unwrap();
+        let DiskEvent::State { id, from, status } = event else {
+            panic!("{event:?}")
+        };
+        assert_eq!(
+            (from, status.state),
+            (StoreState::Healthy, StoreState::Pressure)
+        );
+        told.insert(id);
+    }
+    assert_eq!(told, sandboxes.iter().map(|it| it.id().clone()).collect());
+    // What is destroyed has no disk any more, and that is told, too.
+    for sandbox in sandboxes {
+        let id = sandbox.id().clone();
+        sandbox.destroy().unwrap();
+        let event = watch.wait(&mut poll, soon()).unwrap().unwrap();
+        assert_eq!(event.id(), &id);
+        assert!(matches!(event, DiskEvent::Ended { .. }), "{event:?}");
+    }
+    host.templates().remove(template.id(), soon()).unwrap();
+    drop(host);
+    assert_eq!(lab.census(), before);
 }
