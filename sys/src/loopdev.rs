@@ -5,10 +5,12 @@
 //! descriptor of a process that dies: nothing has to be counted, or undone after a crash.
 
 use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::io::Errno;
 use rustix::ioctl::{self, NoArg, Opcode, Setter, Updater};
 
@@ -139,11 +141,31 @@ impl LoopDevice {
     #[doc(alias = "LOOP_CONFIGURE")]
     #[doc(alias = "LOOP_CTL_GET_FREE")]
     pub fn bind(file: BorrowedFd<'_>, options: LoopOptions) -> Result<Self, CallError> {
+        Self::bind_by(file, options, |number| Self::open(number, false))
+    }
+
+    /// The same where `/dev` may have no node of the device, see [`LoopDevice::open_in`].
+    ///
+    /// # Errors
+    /// As [`LoopDevice::bind`].
+    pub fn bind_in(
+        file: BorrowedFd<'_>,
+        options: LoopOptions,
+        nodes: &Path,
+    ) -> Result<Self, CallError> {
+        Self::bind_by(file, options, |number| Self::open_in(number, false, nodes))
+    }
+
+    fn bind_by(
+        file: BorrowedFd<'_>,
+        options: LoopOptions,
+        open: impl Fn(u32) -> Result<Self, CallError>,
+    ) -> Result<Self, CallError> {
         let control = open_control()?;
         let mut raced = CallError::new("LOOP_CONFIGURE", Errno::BUSY);
         for _ in 0..RACES {
             let number = get_free(&control)?;
-            let device = match Self::open(number, false) {
+            let device = match open(number) {
                 Ok(device) => device,
                 // Taken away between the two calls.
                 Err(error) if error.is_gone() => {
@@ -167,6 +189,56 @@ impl LoopDevice {
     /// `ENOENT` or `ENXIO` where it does not exist or is being unbound.
     pub fn open(number: u32, read_only: bool) -> Result<Self, CallError> {
         let path = format!("/dev/loop{number}");
+        Self::open_node(path.as_ref(), number, read_only)
+    }
+
+    /// The same where `/dev` may have no node of a device that exists, as in a container whose
+    /// `/dev` was filled when it started: one is made in the directory `nodes` then, and removed
+    /// as soon as it has been opened.
+    ///
+    /// # Errors
+    /// As [`LoopDevice::open`], and what `mknod` says.
+    #[doc(alias = "mknod")]
+    pub fn open_in(number: u32, read_only: bool, nodes: &Path) -> Result<Self, CallError> {
+        match Self::open(number, read_only) {
+            // Opening a node of a device that does not exist would make the device.
+            Err(error) if error.is_gone() && is_there(number) => {
+                Self::open_own_node(number, read_only, nodes)
+            }
+            other => other,
+        }
+    }
+
+    /// The name is the same for all: what somebody leaves who dies in between goes with the
+    /// next one.
+    fn open_own_node(number: u32, read_only: bool, nodes: &Path) -> Result<Self, CallError> {
+        let path = nodes.join(format!("loop{number}"));
+        let device = rustix::fs::makedev(LOOP_MAJOR, number);
+        let mut outcome = Err(CallError::new("mknod", Errno::NOENT));
+        for _ in 0..RACES {
+            std::fs::create_dir_all(nodes).named("mkdir")?;
+            let mode = Mode::RUSR | Mode::WUSR;
+            match mknodat(CWD, &path, FileType::BlockDevice, mode, device) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                other => other.named("mknod")?,
+            }
+            outcome = Self::open_node(&path, number, read_only);
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(error).named("unlink");
+                }
+                _ => {}
+            }
+            match &outcome {
+                // Somebody else has removed the node before it was opened.
+                Err(error) if error.is_gone() && is_there(number) => {}
+                _ => break,
+            }
+        }
+        outcome
+    }
+
+    fn open_node(path: &Path, number: u32, read_only: bool) -> Result<Self, CallError> {
         let file = OpenOptions::new()
             .read(true)
             .write(!read_only)
@@ -281,6 +353,11 @@ impl AsFd for LoopDevice {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Whether the kernel has the device, whatever nodes there are.
+fn is_there(number: u32) -> bool {
+    Path::new(&format!("/sys/block/loop{number}")).exists()
 }
 
 /// The numbers of all devices that are bound to a file at this moment, from sysfs.
@@ -412,6 +489,134 @@ mod tests {
             again.is_none_or(|it| it.inode != metadata.ino()),
             "still bound to the file"
         );
+    }
+
+    #[test]
+    fn root_a_device_without_a_node_is_opened_all_the_same() {
+        let test = "root_a_device_without_a_node_is_opened_all_the_same";
+        if missing(test) {
+            return;
+        }
+        let (path, file) = backing_file("node");
+        let nodes = path.with_extension("nodes");
+        std::fs::remove_file(&path).unwrap();
+        let options = LoopOptions {
+            autoclear: true,
+            ..LoopOptions::default()
+        };
+        let device = LoopDevice::bind_in(file.as_fd(), options, &nodes).unwrap();
+        assert!(!nodes.exists(), "devtmpfs has made a node");
+        let number = device.number();
+        // All at once: each removes the node that another may be about to open.
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        let own = LoopDevice::open_own_node(number, true, &nodes).unwrap();
+                        assert_eq!(own.status().unwrap(), device.status().unwrap());
+                    }
+                });
+            }
+        });
+        assert_eq!(
+            std::fs::read_dir(&nodes).unwrap().count(),
+            0,
+            "nodes are left"
+        );
+        // A node that a process left which died.
+        let mode = Mode::RUSR | Mode::WUSR;
+        let left = nodes.join(format!("loop{number}"));
+        mknodat(CWD, &left, FileType::BlockDevice, mode, device.device()).unwrap();
+        LoopDevice::open_own_node(number, true, &nodes).unwrap();
+        assert!(!left.exists());
+        // What the kernel has not is not made by looking for it.
+        let none = LoopDevice::open_in(99_999, true, &nodes).unwrap_err();
+        assert!(none.is_gone() && !is_there(99_999), "{none}");
+        std::fs::remove_dir(&nodes).unwrap();
+    }
+
+    /// Mounts a file system that needs no device; `None` where that cannot be done here.
+    fn mounted(kind: &str, test: &str) -> Option<PathBuf> {
+        let at = std::env::temp_dir().join(format!("rewake-{kind}-{}", std::process::id()));
+        std::fs::create_dir(&at).unwrap();
+        let output = std::process::Command::new("mount")
+            .args(["-t", kind, "none"])
+            .arg(&at)
+            .output()
+            .unwrap();
+        if output.status.success() {
+            return Some(at);
+        }
+        std::fs::remove_dir(&at).unwrap();
+        eprintln!("SKIP {test}: {}", String::from_utf8_lossy(&output.stderr));
+        None
+    }
+
+    #[test]
+    fn root_direct_io_is_used_where_the_file_allows_it() {
+        let test = "root_direct_io_is_used_where_the_file_allows_it";
+        if missing(test) {
+            return;
+        }
+        let options = LoopOptions {
+            autoclear: true,
+            direct_io: true,
+            block_size: 512,
+            ..LoopOptions::default()
+        };
+        let bind = |file: &File| {
+            let device = LoopDevice::bind(file.as_fd(), options).unwrap();
+            let status = device.status().unwrap().unwrap();
+            let mut bytes = Vec::new();
+            let mut node = File::open(device.path()).unwrap();
+            node.read_to_end(&mut bytes).unwrap();
+            assert_eq!(bytes, [7; 8192]);
+            status.direct_io
+        };
+        let (path, file) = backing_file("direct");
+        // The same question as the kernel's: can the file be read past the page cache, by
+        // sectors of 512 bytes?
+        let direct = rustix::fs::open(
+            &path,
+            rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECT,
+            Mode::empty(),
+        );
+        std::fs::remove_file(&path).unwrap();
+        let flags = rustix::fs::StatxFlags::from_bits_retain(0x2000); // STATX_DIOALIGN
+        let found = rustix::fs::statx(&file, "", rustix::fs::AtFlags::EMPTY_PATH, flags);
+        match (direct, found) {
+            (Ok(_), Ok(found)) if found.stx_mask & 0x2000 != 0 => {
+                let allowed = (1..=512).contains(&found.stx_dio_offset_align);
+                assert_eq!(
+                    bind(&file),
+                    allowed,
+                    "aligned to {}",
+                    found.stx_dio_offset_align
+                );
+            }
+            _ => eprintln!("SKIP {test}: the temporary files' alignment is not known"),
+        }
+        // Page cache only: bound and read all the same.
+        let Some(at) = mounted("ramfs", test) else {
+            return;
+        };
+        let path = at.join("file");
+        std::fs::write(&path, [7; 8192]).unwrap();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
+        let through_the_cache = !bind(&file);
+        drop(file);
+        // Lazily: the kernel may still be about to let go of the file.
+        let unmounted = std::process::Command::new("umount")
+            .arg("-l")
+            .arg(&at)
+            .status();
+        assert!(unmounted.unwrap().success());
+        std::fs::remove_dir(&at).unwrap();
+        assert!(through_the_cache, "the status tells what came of the wish");
     }
 
     #[test]

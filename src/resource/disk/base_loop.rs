@@ -10,7 +10,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rewake_sys::error::Named;
@@ -44,14 +44,14 @@ pub(super) fn share(
         (&file).take(HINT_MAX).read_to_end(&mut hint).named("read")
     })?;
     if let Ok(number) = String::from_utf8_lossy(&hint).trim().parse()
-        && let Some(device) = open_if_ours(number, base)
+        && let Some(device) = open_if_ours(number, base, runtime_dir)
     {
         return Ok(device);
     }
-    let device = match find(base, faults)? {
+    let device = match find(base, runtime_dir, faults)? {
         Some(device) => device,
         None => call(faults, "bind the base image to a loop device", || {
-            LoopDevice::bind(
+            LoopDevice::bind_in(
                 base.file.as_fd(),
                 LoopOptions {
                     read_only: true,
@@ -60,6 +60,7 @@ pub(super) fn share(
                     direct_io: false,
                     block_size: SECTOR,
                 },
+                &nodes(runtime_dir),
             )
         })?,
     };
@@ -73,17 +74,26 @@ pub(super) fn share(
 }
 
 /// The device bound to the image, if there is one.
-pub(super) fn find(base: &Base, faults: &Faults) -> Result<Option<LoopDevice>, DiskError> {
+pub(super) fn find(
+    base: &Base,
+    runtime_dir: &Path,
+    faults: &Faults,
+) -> Result<Option<LoopDevice>, DiskError> {
     let numbers = call(faults, "list the loop devices", loopdev::bound)?;
     Ok(numbers
         .into_iter()
-        .find_map(|number| open_if_ours(number, base)))
+        .find_map(|number| open_if_ours(number, base, runtime_dir)))
+}
+
+/// Where nodes are made that `/dev` has not.
+pub(super) fn nodes(runtime_dir: &Path) -> PathBuf {
+    runtime_dir.join("nodes")
 }
 
 /// Opens the device if it shows the whole image, read-only, and goes by itself. Checked
 /// after opening: from then on it stays bound.
-fn open_if_ours(number: u32, base: &Base) -> Option<LoopDevice> {
-    let device = LoopDevice::open(number, true).ok()?;
+fn open_if_ours(number: u32, base: &Base, runtime_dir: &Path) -> Option<LoopDevice> {
+    let device = LoopDevice::open_in(number, true, &nodes(runtime_dir)).ok()?;
     let status = device.status().ok()??;
     let same_file = (status.device, status.inode) == (base.device, base.identity.inode);
     let whole = status.offset == 0 && status.size_limit == 0;

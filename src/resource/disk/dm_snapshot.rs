@@ -133,8 +133,8 @@ impl DiskPool {
             };
             if self.is_whole(&found, base, store)? {
                 log::info!("Disk {id}: {name} is still there");
-                let path = self.node(found.device, steps)?;
                 steps.push(step);
+                let path = self.node(found.device, steps)?;
                 return Ok(Mapping { name, uuid, path });
             }
             step.undo_with(Some(&self.control), &self.faults, deadline)?;
@@ -157,7 +157,7 @@ impl DiskPool {
         // Both stay open until the mapping holds them.
         let origin = base_loop::share(base, &self.config.runtime_dir, &self.faults, deadline)?;
         let cow = call(&self.faults, "bind the store to a loop device", || {
-            LoopDevice::bind(
+            LoopDevice::bind_in(
                 store.as_fd(),
                 LoopOptions {
                     read_only: false,
@@ -165,6 +165,7 @@ impl DiskPool {
                     direct_io: true,
                     block_size: base_loop::SECTOR,
                 },
+                &self.nodes(),
             )
         })?;
         let table = Target {
@@ -229,8 +230,8 @@ impl DiskPool {
         let mut behind = || {
             let (major, minor) = words.next()?.split_once(':')?;
             (major.parse() == Ok(LOOP_MAJOR)).then_some(())?;
-            let status = LoopDevice::open(minor.parse().ok()?, true).ok()?.status();
-            let status = status.ok()??;
+            let device = LoopDevice::open_in(minor.parse().ok()?, true, &self.nodes());
+            let status = device.ok()?.status().ok()??;
             Some((status.device, status.inode))
         };
         let files = [behind(), behind()];
@@ -240,42 +241,63 @@ impl DiskPool {
             && words.eq(["PO", &CHUNK_SECTORS.to_string()]))
     }
 
+    /// Where the device can be opened, as far as it is known.
+    pub(super) fn shown(&self, device: u64) -> PathBuf {
+        let usual = usual_node(device);
+        if is_node_of(&usual, device) {
+            return usual;
+        }
+        self.made_node(device).unwrap_or(usual)
+    }
+
     /// Where the device can be opened: `/dev/dm-N` where devtmpfs is, else a node of ours.
     pub(super) fn node(
         &self,
         device: u64,
         steps: &mut Vec<DiskStep>,
     ) -> Result<PathBuf, DiskError> {
-        let name = format!("dm-{}", rustix::fs::minor(device));
-        let is_it = |path: &Path| {
-            std::fs::metadata(path)
-                .is_ok_and(|it| it.file_type().is_block_device() && it.rdev() == device)
-        };
-        let usual = Path::new("/dev").join(&name);
-        if is_it(&usual) {
+        let usual = usual_node(device);
+        if is_node_of(&usual, device) {
             return Ok(usual);
         }
-        let dir = self.config.runtime_dir.join("nodes");
-        let path = dir.join(&name);
+        let path = self.own_node(device);
         steps.push(DiskStep::Node {
             path: path.clone(),
             device,
         });
-        if is_it(&path) {
+        if is_node_of(&path, device) {
             return Ok(path);
         }
         call(&self.faults, format!("make {}", path.display()), || {
-            std::fs::create_dir_all(&dir).named("mkdir")?;
+            std::fs::create_dir_all(self.nodes()).named("mkdir")?;
             let mode = Mode::RUSR | Mode::WUSR;
             rustix::fs::mknodat(CWD, &path, FileType::BlockDevice, mode, device).named("mknod")
         })?;
+        // A file system that is mounted `nodev` takes nodes and opens none.
+        file::open(&path, false, &self.faults)?;
         Ok(path)
+    }
+
+    /// The node of ours, if the device has one.
+    pub(super) fn made_node(&self, device: u64) -> Option<PathBuf> {
+        Some(self.own_node(device)).filter(|it| is_node_of(it, device))
+    }
+
+    fn own_node(&self, device: u64) -> PathBuf {
+        let name = format!("dm-{}", rustix::fs::minor(device));
+        self.nodes().join(name)
+    }
+
+    fn nodes(&self) -> PathBuf {
+        base_loop::nodes(&self.config.runtime_dir)
     }
 
     /// The disks of this machine that share the image.
     pub(super) fn sharers(&self, base: &Base) -> Result<Vec<String>, DiskError> {
-        let (Ok(control), Some(origin)) = (&self.control, base_loop::find(base, &self.faults)?)
-        else {
+        let (Ok(control), Some(origin)) = (
+            &self.control,
+            base_loop::find(base, &self.config.runtime_dir, &self.faults)?,
+        ) else {
             return Ok(Vec::new());
         };
         let devices = call(&self.faults, "list the devices", || control.list())?;
@@ -303,6 +325,15 @@ impl DiskPool {
         sharers.sort_unstable();
         Ok(sharers)
     }
+}
+
+/// Where devtmpfs shows the device.
+fn usual_node(device: u64) -> PathBuf {
+    format!("/dev/dm-{}", rustix::fs::minor(device)).into()
+}
+
+fn is_node_of(path: &Path, device: u64) -> bool {
+    std::fs::metadata(path).is_ok_and(|it| it.file_type().is_block_device() && it.rdev() == device)
 }
 
 #[cfg(test)]

@@ -1,13 +1,16 @@
 //! Files that appear complete or not at all, and sparse copies of images.
 
 use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rewake_sys::error::Named;
-use rewake_sys::reflink;
-use rustix::fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, SeekFrom};
+use rewake_sys::{CallError, reflink};
+use rustix::fs::{
+    AtFlags, CWD, FallocateFlags, FlockOperation, Mode, OFlags, RenameFlags, SeekFrom,
+};
 use rustix::io::Errno;
 
 use super::DiskStep;
@@ -20,6 +23,8 @@ use crate::units::Bytes;
 const BLOCK: usize = 4096;
 /// What is read at once.
 const BUFFER: usize = 1 << 20;
+/// How often others may take a file that was just made for a dead process's.
+const RACES: usize = 16;
 
 /// How far a copy has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,12 +36,28 @@ pub struct Progress {
 }
 
 /// A file without a name yet. A crash or an error leaves nothing of it.
+///
+/// Where the file system knows no such files (NFS, 9p, FUSE, older overlayfs), it has another
+/// name meanwhile, `.NAME.part`. An error leaves nothing of that either; what a crash leaves
+/// is removed when the name is wanted again, see [`forget_unfinished`].
 #[derive(Debug)]
 pub(super) struct Unnamed {
     pub(super) file: File,
     pub(super) step: DiskStep,
     path: PathBuf,
     dir: PathBuf,
+    part: Option<Part>,
+}
+
+/// The name of a file that is not finished; removed when dropped.
+#[derive(Debug)]
+struct Part(PathBuf);
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        // Nothing can be done about an error; the next one to want the name tries again.
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 impl Unnamed {
@@ -45,11 +66,18 @@ impl Unnamed {
         let parent = path.parent().filter(|it| !it.as_os_str().is_empty());
         let dir = parent.unwrap_or(Path::new(".")).to_owned();
         let step = format!("make a file in {}", dir.display());
-        let file = call(faults, step, || {
+        let made = call(faults, step, || {
             let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
             rustix::fs::open(&dir, flags, Mode::RUSR | Mode::WUSR).named("open O_TMPFILE")
-        })?;
-        let file = File::from(file);
+        });
+        let without = [Errno::OPNOTSUPP, Errno::ISDIR].map(|it| Some(it.raw_os_error()));
+        let (file, part) = match made {
+            Err(error) if without.contains(&error.errno()) => {
+                let (file, part) = unfinished(path, faults)?;
+                (file, Some(part))
+            }
+            other => (File::from(other?), None),
+        };
         let found = metadata(&file, path)?;
         let step = DiskStep::File {
             path: path.to_owned(),
@@ -61,6 +89,7 @@ impl Unnamed {
             step,
             path: path.to_owned(),
             dir,
+            part,
         })
     }
 
@@ -68,25 +97,126 @@ impl Unnamed {
     /// the disk: after a power loss there is the whole file or none. The caller has noted
     /// the step.
     pub(super) fn publish(self, faults: &Faults) -> Result<File, DiskError> {
-        let path = &self.path;
+        let Self {
+            file,
+            path,
+            dir,
+            mut part,
+            ..
+        } = self;
         call(
             faults,
             format!("write {} to the disk", path.display()),
-            || rustix::fs::fsync(&self.file).named("fsync"),
+            || rustix::fs::fsync(&file).named("fsync"),
         )?;
         let named = call(faults, format!("name {}", path.display()), || {
-            let from = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-            rustix::fs::linkat(CWD, from, CWD, path, AtFlags::SYMLINK_FOLLOW).named("linkat")
+            let Some(Part(unfinished)) = &mut part else {
+                let from = format!("/proc/self/fd/{}", file.as_raw_fd());
+                let follow = AtFlags::SYMLINK_FOLLOW;
+                return rustix::fs::linkat(CWD, from, CWD, &path, follow).named("linkat");
+            };
+            if rename_new(unfinished, &path)? {
+                // From here on the old name is whoever's takes it.
+                unfinished.clear();
+            }
+            Ok(())
         });
         match named {
             Err(error) if error.errno() == Some(Errno::EXIST.raw_os_error()) => {
-                return Err(DiskError::Occupied { path: self.path });
+                return Err(DiskError::Occupied { path });
             }
             other => other?,
         }
-        sync_directory(&self.dir, faults)?;
-        Ok(self.file)
+        drop(part);
+        sync_directory(&dir, faults)?;
+        Ok(file)
     }
+}
+
+/// Renames, and never replaces. Where that cannot be asked for, the file gets a second name:
+/// returns whether it has lost the first.
+fn rename_new(from: &Path, to: &Path) -> Result<bool, CallError> {
+    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Err(Errno::INVAL | Errno::NOSYS) => {
+            rustix::fs::linkat(CWD, from, CWD, to, AtFlags::empty())
+                .named("linkat")
+                .map(|()| false)
+        }
+        other => other.named("renameat2").map(|()| true),
+    }
+}
+
+fn part_of(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default();
+    path.with_file_name(format!(".{}.part", name.display()))
+}
+
+/// Makes a file under the name that it has until it is finished. Its lock says that somebody
+/// is at work with it.
+fn unfinished(path: &Path, faults: &Faults) -> Result<(File, Part), DiskError> {
+    let part = part_of(path);
+    let occupied = || DiskError::Occupied {
+        path: path.to_owned(),
+    };
+    for _ in 0..RACES {
+        let file = call(
+            faults,
+            format!("make {}", part.display()),
+            || match OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&part)
+            {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(None),
+                other => other.named("open").map(Some),
+            },
+        );
+        let file = match file {
+            Ok(file) => file,
+            Err(error) => {
+                // It may have been made, and is locked by nobody.
+                forget_unfinished(path)?;
+                return Err(error);
+            }
+        };
+        match file {
+            Some(file) if lock_named(&file, &part)? => return Ok((file, Part(part))),
+            // Somebody took it for a dead one's.
+            Some(_) => {}
+            None if forget_unfinished(path)? => {}
+            None => return Err(occupied()),
+        }
+    }
+    Err(occupied())
+}
+
+/// Removes what a process that died has left of a file that it did not finish. Returns whether
+/// there is nothing now: no other process is making the file.
+pub(super) fn forget_unfinished(path: &Path) -> Result<bool, DiskError> {
+    let part = part_of(path);
+    let file = match File::open(&part) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(true),
+        other => other.named("open").map_err(|source| DiskError::Call {
+            step: format!("open {}", part.display()),
+            source,
+        })?,
+    };
+    let dead = lock_named(&file, &part)?;
+    if dead {
+        drop(Part(part));
+    }
+    Ok(dead)
+}
+
+/// Locks a file, if nobody has done so, and if the name is still its.
+fn lock_named(file: &File, name: &Path) -> Result<bool, DiskError> {
+    let mine = metadata(file, name)?;
+    let locked = rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).is_ok();
+    let is_named =
+        || std::fs::metadata(name).is_ok_and(|it| (it.dev(), it.ino()) == (mine.dev(), mine.ino()));
+    Ok(locked && is_named())
 }
 
 /// Makes the names in a directory outlive a power loss.
@@ -259,7 +389,7 @@ fn read_up_to(file: &File, buffer: &mut [u8], at: u64, faults: &Faults) -> Resul
             match file.read_at(&mut buffer[done..], at + done as u64) {
                 Ok(0) => break,
                 Ok(n) => done += n,
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error).named("pread"),
             }
         }

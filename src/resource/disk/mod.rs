@@ -13,7 +13,7 @@
 //! # What a power loss leaves
 //!
 //! Files are made without a name, written to the disk (`fsync`), named (`linkat`), and the
-//! directory is written to the disk: first the record, then the store, then, once attached,
+//! directory is written to the disk (`fsync`): first the record, then the store, then, once attached,
 //! what the guest flushes. So a store that has a name is whole, and a record without a store
 //! is the worst that can be left; removing the disk removes it. The snapshot target writes
 //! its bookkeeping after the data, behind a flush; the loop device turns flushes into
@@ -341,7 +341,7 @@ impl DiskPool {
             DiskMode::Auto => match self.snapshots_work() {
                 Ok(()) => (DiskKind::DmSnapshot, "the kernel has it".to_owned()),
                 Err(error) => {
-                    let trial = Unnamed::new(&dir.join("trial"), &self.faults)?;
+                    let trial = Unnamed::new(&dir.join(format!("{id}.trial")), &self.faults)?;
                     if file::clone(&base.file, &trial.file, &self.faults)? {
                         (DiskKind::Reflink, format!("no device-mapper: {error}"))
                     } else {

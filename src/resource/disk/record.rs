@@ -110,6 +110,11 @@ impl DiskRecord {
         dir.join(format!("{id}.json"))
     }
 
+    /// All files that a disk of any kind may have.
+    pub(super) fn files(id: &SandboxId, dir: &Path) -> [PathBuf; 4] {
+        ["json", "cow", "raw", "trial"].map(|it| dir.join(format!("{id}.{it}")))
+    }
+
     /// Where the store is.
     pub(super) fn store(&self, id: &SandboxId, dir: &Path) -> PathBuf {
         let extension = match self.kind {

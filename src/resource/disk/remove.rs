@@ -153,10 +153,13 @@ impl DiskPool {
         deadline: Deadline,
     ) -> Result<(), DiskFailure> {
         let found = super::absolute(dir).and_then(|dir| {
+            for path in DiskRecord::files(id, &dir) {
+                file::forget_unfinished(&path)?;
+            }
             let held = DiskRecord::read(id, &dir, &self.faults)?;
             let (record, lock) = held.lock(id, &self.faults)?;
             let mut steps = self.files(id, &dir, &record)?;
-            steps.extend(self.mapping_step(id, &dir, &record)?);
+            steps.extend(self.attached_steps(id, &dir, &record)?);
             let store = record.store(id, &dir);
             Ok((record.kind, lock, steps, store))
         });
@@ -249,27 +252,34 @@ impl DiskPool {
         Ok(steps)
     }
 
-    /// The mapping of a disk as a step, if there is one.
-    fn mapping_step(
+    /// The mapping of a disk as a step, if there is one, and the node that we made of it.
+    fn attached_steps(
         &self,
         id: &SandboxId,
         dir: &Path,
         record: &DiskRecord,
-    ) -> Result<Option<DiskStep>, DiskError> {
+    ) -> Result<Vec<DiskStep>, DiskError> {
         if record.kind != DiskKind::DmSnapshot {
-            return Ok(None);
+            return Ok(Vec::new());
         }
         let path = record.store(id, dir);
         if !path.exists() {
-            return Ok(None);
+            return Ok(Vec::new());
         }
         let store = file::open(&path, false, &self.faults)?;
         let uuid = dm_snapshot::uuid(&store, &path)?;
-        let found = self.mapping(&uuid)?;
-        Ok(found.map(|it| DiskStep::Mapping {
-            name: it.name,
+        let Some(found) = self.mapping(&uuid)? else {
+            return Ok(Vec::new());
+        };
+        let mut steps = vec![DiskStep::Mapping {
+            name: found.name,
             uuid,
-        }))
+        }];
+        if let Some(path) = self.made_node(found.device) {
+            let device = found.device;
+            steps.push(DiskStep::Node { path, device });
+        }
+        Ok(steps)
     }
 }
 

@@ -131,7 +131,7 @@ impl DiskPool {
         let store = file::open(&path, false, &self.faults)?;
         let uuid = dm_snapshot::uuid(&store, &path)?;
         if let Some(found) = self.mapping(&uuid)? {
-            info.path = Some(format!("/dev/dm-{}", found.minor()).into());
+            info.path = Some(self.shown(found.device));
             info.open_count = Some(found.open_count);
             info.status = Some(self.status_of(id, &dir, &info.record, Some(&uuid))?);
         }
