@@ -147,9 +147,11 @@ impl Figures {
         self.theirs_together
             .print("commands: remove one of 16 at once");
         let ratio = |a: &Samples, b: &Samples| a.median().as_secs_f64() / b.median().as_secs_f64();
+        let whole = |a: &Samples, b: &Samples| (a.median() + b.median()).as_secs_f64();
         println!(
-            "ratio of medians: create {:.1}, attach against create {:.1}, remove {:.1}, \
-         retire {:.1}, remove 16 at once {:.1}",
+            "ratio of medians: a disk made and removed {:.1}; create {:.1}, \
+             attach against create {:.1}, remove {:.1}, retire {:.1}, remove 16 at once {:.1}",
+            whole(&self.theirs, &self.theirs_gone) / whole(&self.created, &self.removed),
             ratio(&self.theirs, &self.created),
             ratio(&self.theirs, &self.attached),
             ratio(&self.theirs_gone, &self.removed),

@@ -10,22 +10,26 @@ mod command;
 #[path = "disk/crash.rs"]
 mod crash;
 mod disklab;
+#[path = "disk/faults.rs"]
+mod faults;
 #[path = "disk/power_loss.rs"]
 mod power_loss;
 mod powerlab;
 #[path = "disk/snapshot.rs"]
 mod snapshot;
+#[cfg(feature = "cli")]
+#[path = "disk/syscalls.rs"]
+mod syscalls;
 #[path = "disk/watch.rs"]
 mod watch;
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
-use disklab::faults::FailNth;
 use disklab::{BLOCK, Lab, Place, chain, pattern, read_all, soon, write_block};
+use faults::survives_every_fault;
 use rewake::deadline::Deadline;
 use rewake::fault::Faults;
 use rewake::resource::disk::{Disk, DiskError, DiskKind, DiskMode, DiskPool, DiskStep, Progress};
@@ -58,18 +62,23 @@ at! {
     root_a_clone_on_btrfs_lives_and_leaves_nothing: lives at Btrfs;
     vm_a_snapshot_lives_and_leaves_nothing: lives at DeviceMapper;
 
+    a_copy_lives_where_every_file_has_a_name: lives at Named;
+
     a_copy_flattens_to_the_same_bytes: flattens at Plain;
+    a_copy_flattens_where_every_file_has_a_name: flattens at Named;
     root_a_clone_on_xfs_flattens_to_the_same_bytes: flattens at Xfs;
     root_a_clone_on_btrfs_flattens_to_the_same_bytes: flattens at Btrfs;
     vm_a_snapshot_flattens_to_the_same_bytes: flattens at DeviceMapper;
 
     every_fault_of_a_copy_leaves_nothing: survives_every_fault at Plain;
+    every_fault_where_every_file_has_a_name_leaves_nothing: survives_every_fault at Named;
     root_every_fault_of_a_clone_on_xfs_leaves_nothing: survives_every_fault at Xfs;
     root_every_fault_of_a_clone_on_btrfs_leaves_nothing: survives_every_fault at Btrfs;
     vm_every_fault_of_a_snapshot_leaves_nothing: survives_every_fault at DeviceMapper;
 
     a_copy_refuses_what_does_not_fit: refuses at Plain;
     root_a_clone_on_xfs_refuses_what_does_not_fit: refuses at Xfs;
+    root_a_clone_on_btrfs_refuses_what_does_not_fit: refuses at Btrfs;
     vm_a_snapshot_refuses_what_does_not_fit: refuses at DeviceMapper;
 }
 
@@ -94,7 +103,7 @@ fn lives(lab: &Lab) {
     let disk = auto.unwrap();
     if pool.snapshots_work().is_ok() {
         assert_eq!(disk.kind(), DiskKind::DmSnapshot, "chosen automatically");
-    } else if lab.place == Place::Plain {
+    } else if matches!(lab.place, Place::Plain | Place::Named) {
         // What the file system under the temporary files can do is not ours to say.
         assert_ne!(disk.kind(), DiskKind::DmSnapshot);
     } else {
@@ -204,127 +213,6 @@ fn flattens(lab: &Lab) {
     let disk = create(lab, &pool, "b", &to);
     assert_same(&read_all(disk.path()), &expected, "of the flattened image");
     pool.remove(disk, false, soon()).unwrap();
-}
-
-fn survives_every_fault(lab: &Lab) {
-    let base = lab.base("base.raw", SIZE);
-    let image = read_all(&base);
-    let injector = Arc::new(FailNth::default());
-    let pool = lab.open(Faults::inject(injector.clone()));
-    let id = lab.id("a");
-    let mode = DiskMode::Only(lab.place.kind());
-    // Shares the base image all the time, and must never notice.
-    let witness = create(lab, &pool, "witness", &base);
-    write_block(witness.path(), 1, &pattern("witness", 1)).unwrap();
-    let expected = read_all(witness.path());
-    let alone = lab.census();
-    let assert_alone = |case: &str| {
-        let until = std::time::Instant::now() + Duration::from_secs(10);
-        while lab.census() != alone {
-            let left: Vec<_> = lab.census().symmetric_difference(&alone).cloned().collect();
-            assert!(std::time::Instant::now() < until, "{case}: {left:#?}");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        pool.check(&witness).unwrap();
-    };
-    let to = lab.dir.join("flat.raw");
-    for late in [false, true] {
-        for target in 0.. {
-            injector.arm(target, late);
-            let outcome = pool.create(&id, &base, &lab.disks(), mode, soon());
-            let Some(step) = injector.disarm() else {
-                assert!(target > 8, "the shim sees every step");
-                pool.remove(outcome.unwrap(), false, soon()).unwrap();
-                break;
-            };
-            let case = format!("create, late: {late}, {target}: {step}");
-            let failure = outcome.expect_err(&case);
-            assert!(
-                chain(&failure).contains(&step),
-                "{case}: {}",
-                chain(&failure)
-            );
-            assert!(failure.leftovers.is_empty(), "{case}: {failure}");
-            assert_alone(&case);
-        }
-        for target in 0.. {
-            let disk = pool.create(&id, &base, &lab.disks(), mode, soon()).unwrap();
-            write_block(disk.path(), 5, &pattern("kept", 5)).unwrap();
-            let written = read_all(disk.path());
-            pool.remove(disk, true, soon()).unwrap();
-            injector.arm(target, late);
-            let outcome = pool.attach(&id, &lab.disks(), soon());
-            let failed = injector.disarm();
-            let case = format!("attach, late: {late}, {target}: {failed:?}");
-            let disk = if failed.is_some() {
-                let failure = outcome.expect_err(&case);
-                assert!(failure.leftovers.is_empty(), "{case}: {failure}");
-                pool.attach(&id, &lab.disks(), soon()).unwrap()
-            } else {
-                outcome.unwrap()
-            };
-            assert_same(&read_all(disk.path()), &written, &case);
-            pool.remove(disk, false, soon()).unwrap();
-            assert_alone(&case);
-            if failed.is_none() {
-                assert!(target > 4, "the shim sees every step");
-                break;
-            }
-        }
-        let disk = pool.create(&id, &base, &lab.disks(), mode, soon()).unwrap();
-        for target in 0.. {
-            injector.arm(target, late);
-            let outcome = pool.flatten(&disk, &to, &mut |_| {}, soon());
-            let Some(step) = injector.disarm() else {
-                assert!(target > 4, "the shim sees every step");
-                outcome.unwrap();
-                fs::remove_file(&to).unwrap();
-                break;
-            };
-            let case = format!("flatten, late: {late}, {target}: {step}");
-            outcome.expect_err(&case);
-            assert!(
-                !to.exists(),
-                "{case}: an image that is not known to be whole"
-            );
-        }
-        pool.remove(disk, false, soon()).unwrap();
-        for retire in [false, true] {
-            for target in 0.. {
-                let disk = pool.create(&id, &base, &lab.disks(), mode, soon()).unwrap();
-                injector.arm(target, late);
-                let outcome = if retire {
-                    pool.retire(disk, soon())
-                } else {
-                    pool.remove(disk, false, soon())
-                };
-                let Some(step) = injector.disarm() else {
-                    assert!(target > 1, "the shim sees every step");
-                    outcome.unwrap();
-                    assert_alone("at the end");
-                    break;
-                };
-                let case = format!("remove, {retire}, late: {late}, {target}: {step}");
-                match outcome {
-                    // It was removed in another way.
-                    Ok(()) => assert!(retire && step.starts_with("open "), "{case}"),
-                    Err(failure) => {
-                        let text = chain(&failure);
-                        assert!(text.contains(&step), "{case}: {text}");
-                    }
-                }
-                match pool.remove_by_id(&id, &lab.disks(), false, soon()) {
-                    Ok(()) => {}
-                    Err(failure) if matches!(failure.source, DiskError::Missing { .. }) => {}
-                    Err(failure) => panic!("{case}: {}", chain(&failure)),
-                }
-                assert_alone(&case);
-            }
-        }
-    }
-    assert_same(&read_all(witness.path()), &expected, "the other disk");
-    pool.remove(witness, false, soon()).unwrap();
-    assert_same(&read_all(&base), &image, "the base image");
 }
 
 fn refuses(lab: &Lab) {

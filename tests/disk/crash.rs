@@ -1,6 +1,6 @@
-//! Processes that die in the middle of making a disk.
+//! Processes that die in the middle of making, attaching, flattening or removing a disk.
 
-use std::process::{Command, ExitStatus};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -8,13 +8,17 @@ use rewake::fault::{Faults, Inject};
 use rewake::resource::disk::{DiskConfig, DiskError, DiskMode, DiskPool};
 use rustix::io::Errno;
 
-use super::disklab::{Lab, Place, chain, in_test_machine, read_all, soon};
-use super::{SIZE, assert_same};
+use super::disklab::{
+    Lab, OnlyNamed, Place, chain, in_test_machine, pattern, read_all, soon, write_block,
+};
+use super::{SIZE, assert_same, create};
 
 const STEP: &str = "REWAKE_TEST_CRASH_STEP";
 const DIR: &str = "REWAKE_TEST_CRASH_DIR";
 const PREFIX: &str = "REWAKE_TEST_CRASH_ID";
 const KIND: &str = "REWAKE_TEST_CRASH_KIND";
+const WORK: &str = "REWAKE_TEST_CRASH_WORK";
+const NAMED: &str = "REWAKE_TEST_CRASH_NAMED";
 /// What the child ends with when it came to the end.
 const DONE: i32 = 42;
 
@@ -36,7 +40,7 @@ impl Inject for Crash {
 
 /// Not a test of its own: what the processes run that are made to die.
 #[test]
-fn child_that_makes_a_disk() {
+fn child_that_works_with_a_disk() {
     let Ok(step) = std::env::var(STEP) else {
         return;
     };
@@ -47,44 +51,83 @@ fn child_that_makes_a_disk() {
         ..DiskConfig::default()
     };
     let crash = Crash(AtomicUsize::new(step.parse().unwrap()));
-    let pool = DiskPool::open(config, Faults::inject(Arc::new(crash)));
+    let mut faults = Faults::inject(Arc::new(crash));
+    if std::env::var_os(NAMED).is_some() {
+        faults = Faults::inject(Arc::new(OnlyNamed(faults)));
+    }
+    let pool = DiskPool::open(config.clone(), faults);
+    let careful = DiskPool::open(config, Faults::NONE);
     let kind = serde_json::from_str(&read(KIND)).unwrap();
     let id = read(PREFIX).parse().unwrap();
-    let disk = pool.create(
-        &id,
-        &dir.join("base.raw"),
-        &dir.join("disks"),
-        DiskMode::Only(kind),
-        soon(),
-    );
-    std::mem::forget(disk.unwrap());
+    let disks = dir.join("disks");
+    match read(WORK).as_str() {
+        "create" => {
+            let mode = DiskMode::Only(kind);
+            let disk = pool.create(&id, &dir.join("base.raw"), &disks, mode, soon());
+            std::mem::forget(disk.unwrap());
+        }
+        "attach" => std::mem::forget(pool.attach(&id, &disks, soon()).unwrap()),
+        "flatten" => {
+            let disk = careful.attach(&id, &disks, soon()).unwrap();
+            let to = dir.join("flat.raw");
+            pool.flatten(&disk, &to, &mut |_| {}, soon()).unwrap();
+        }
+        "retire" => {
+            let disk = careful.attach(&id, &disks, soon()).unwrap();
+            pool.retire(disk, soon()).unwrap();
+        }
+        work => {
+            let keep = work == "detach";
+            pool.remove_by_id(&id, &disks, keep, soon()).unwrap();
+        }
+    }
     std::process::exit(DONE);
 }
 
-fn run_child(lab: &Lab, step: usize) -> ExitStatus {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "crash::child_that_makes_a_disk"])
+/// Has a process work until it dies after so many steps; whether it died.
+fn dies(lab: &Lab, work: &str, step: usize) -> bool {
+    use std::os::unix::process::ExitStatusExt;
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
+        .args(["--exact", "crash::child_that_works_with_a_disk"])
         .env(STEP, step.to_string())
         .env(DIR, &lab.dir)
         .env(PREFIX, lab.id("a").as_str())
         .env(KIND, serde_json::to_string(&lab.place.kind()).unwrap())
-        .stdout(std::process::Stdio::null())
-        .status()
-        .unwrap()
+        .env(WORK, work);
+    if lab.place == Place::Named {
+        command.env(NAMED, "1");
+    }
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let crashed = output.status.signal().is_some();
+    assert!(
+        crashed || output.status.code() == Some(DONE),
+        "{work}, {step}: {}: {said}",
+        output.status
+    );
+    crashed
+}
+
+/// Removes what is there, as a recovery does which knows the name only.
+fn recover(lab: &Lab, pool: &DiskPool, case: &str) {
+    match pool.remove_by_id(&lab.id("a"), &lab.disks(), false, soon()) {
+        Ok(()) => {}
+        Err(failure) if matches!(failure.source, DiskError::Missing { .. }) => {}
+        Err(failure) => panic!("{case}: {}", chain(&failure)),
+    }
+    lab.assert_clean(case);
 }
 
 fn survives_every_crash(lab: &Lab) {
-    use std::os::unix::process::ExitStatusExt;
     let base = lab.base("base.raw", SIZE);
     let image = read_all(&base);
     let pool = lab.open(Faults::NONE);
     let id = lab.id("a");
     for step in 0.. {
-        let status = run_child(lab, step);
-        let crashed = status.signal().is_some();
-        assert!(crashed || status.code() == Some(DONE), "{step}: {status}");
+        let crashed = dies(lab, "create", step);
         let attached = pool.attach(&id, &lab.disks(), soon());
-        let case = format!("died after step {step}");
+        let case = format!("create: died after step {step}");
         match &attached {
             Ok(disk) => assert_same(&read_all(disk.path()), &image, &case),
             // Not far enough: there was no record, or no store yet.
@@ -97,23 +140,75 @@ fn survives_every_crash(lab: &Lab) {
             }
         }
         drop(attached);
-        match pool.remove_by_id(&id, &lab.disks(), false, soon()) {
-            Ok(()) => {}
-            Err(failure) if matches!(failure.source, DiskError::Missing { .. }) => {}
-            Err(failure) => panic!("{case}: {}", chain(&failure)),
-        }
-        lab.assert_clean(&case);
+        recover(lab, &pool, &case);
         if !crashed {
             assert!(step > 8, "the shim sees every step");
             break;
         }
     }
+    for work in ["attach", "flatten", "detach", "retire", "remove"] {
+        for step in 0.. {
+            let disk = create(lab, &pool, "a", &base);
+            write_block(disk.path(), 5, &pattern("kept", 5)).unwrap();
+            let written = read_all(disk.path());
+            match work {
+                "attach" => pool.remove(disk, true, soon()).unwrap(),
+                _ => drop(disk),
+            }
+            let crashed = dies(lab, work, step);
+            let case = format!("{work}: died after step {step}");
+            let flat = lab.dir.join("flat.raw");
+            if flat.exists() {
+                assert_same(&read_all(&flat), &written, &case);
+                std::fs::remove_file(&flat).unwrap();
+            } else {
+                assert!(work != "flatten" || crashed, "{case}");
+            }
+            match pool.attach(&id, &lab.disks(), soon()) {
+                Ok(disk) => assert_same(&read_all(disk.path()), &written, &case),
+                Err(failure) => {
+                    let goes = ["retire", "remove"].contains(&work);
+                    assert!(goes, "{case}: {}", chain(&failure));
+                }
+            }
+            recover(lab, &pool, &case);
+            if !crashed {
+                assert!(step > 0, "the shim sees every step");
+                break;
+            }
+        }
+    }
+    // What was not finished is in nobody's way.
+    let disk = create(lab, &pool, "a", &base);
+    pool.flatten(&disk, &lab.dir.join("flat.raw"), &mut |_| {}, soon())
+        .unwrap();
+    pool.remove(disk, false, soon()).unwrap();
+    let left = std::fs::read_dir(&lab.dir).unwrap().flatten();
+    let left: Vec<_> = left.map(|it| it.file_name()).collect();
+    let unfinished = left.iter().any(|it| it.to_string_lossy().contains(".part"));
+    assert!(!unfinished, "{left:?}");
     assert_same(&read_all(&base), &image, "the base image");
 }
 
 #[test]
 fn a_copy_whose_maker_dies_is_found_or_removed() {
     if let Some(lab) = Lab::new("a_copy_whose_maker_dies_is_found_or_removed", Place::Plain) {
+        survives_every_crash(&lab);
+    }
+}
+
+#[test]
+fn a_copy_whose_files_all_have_names_is_found_or_removed() {
+    let test = "a_copy_whose_files_all_have_names_is_found_or_removed";
+    if let Some(lab) = Lab::new(test, Place::Named) {
+        survives_every_crash(&lab);
+    }
+}
+
+#[test]
+fn root_a_clone_whose_maker_dies_is_found_or_removed() {
+    let test = "root_a_clone_whose_maker_dies_is_found_or_removed";
+    if let Some(lab) = Lab::new(test, Place::Xfs) {
         survives_every_crash(&lab);
     }
 }

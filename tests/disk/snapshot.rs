@@ -45,7 +45,7 @@ fn judged(lab: &Lab) -> (BTreeSet<String>, BTreeSet<String>) {
 }
 
 /// Device-mapper name and uuid of a disk.
-fn mapping(steps: &[DiskStep]) -> (String, String) {
+pub(super) fn mapping(steps: &[DiskStep]) -> (String, String) {
     steps
         .iter()
         .find_map(|step| match step {
@@ -372,8 +372,70 @@ fn vm_a_device_without_a_node_gets_one() {
     assert!(disk.path().starts_with(&lab.dir), "{:?}", disk.path());
     assert_eq!(fs::metadata(disk.path()).unwrap().rdev(), device);
     assert_same(&read_all(disk.path()), &image, "by its own node");
-    pool.remove(disk, false, soon()).unwrap();
+    let shown = pool.inspect(&id, &lab.disks()).unwrap().path;
+    assert_eq!(shown.as_deref(), Some(disk.path()));
+    // By somebody who knows the name only, as a recovery does.
+    drop(disk);
+    pool.remove_by_id(&id, &lab.disks(), false, soon()).unwrap();
     lab.assert_clean("at the end");
+}
+
+/// Where `/dev` was filled before the devices came, as in a container: neither the loop
+/// devices nor the mapped ones have nodes.
+#[cfg(feature = "cli")]
+#[test]
+fn vm_a_disk_is_made_where_dev_shows_no_device() {
+    let Some(lab) = lab("vm_a_disk_is_made_where_dev_shows_no_device") else {
+        return;
+    };
+    lab.base("base.raw", SIZE);
+    let empty = (run("losetup", &["-a"]), run("dmsetup", &["ls"]));
+    let script = r#"
+        set -e
+        cp -a /dev/mapper/control /dev/loop-control /dev/null /dev/urandom "$1/kept"
+        mount -t tmpfs none /dev
+        mkdir /dev/mapper
+        cp -a "$1/kept/control" /dev/mapper/
+        cp -a "$1/kept/loop-control" "$1/kept/null" "$1/kept/urandom" /dev/
+        shift
+        disk() { "$rewake" --json disk --dir "$dir/disks" --runtime-dir "$dir/run" "$@"; }
+        disk create "$dir/base.raw" --id "$id-a" --mode dm-snapshot >"$dir/made"
+        disk create "$dir/base.raw" --id "$id-b" --mode dm-snapshot >/dev/null
+        node=$(sed -n 's/.*"path": *"\([^"]*\)".*/\1/p' "$dir/made" | head -n 1)
+        case $node in "$dir"/run/nodes/dm-*) ;; *) echo "not a node of ours: $node"; exit 1 ;; esac
+        test -b "$node"
+        head -c 4096 /dev/urandom >"$dir/block"
+        dd if="$dir/block" of="$node" bs=4096 seek=7 conv=fsync 2>/dev/null
+        dd if="$node" bs=4096 skip=7 count=1 2>/dev/null | cmp - "$dir/block"
+        disk show "$id-a" >"$dir/shown"
+        grep -q "$node" "$dir/shown"
+        grep -q "$id-b" "$dir/shown"
+        disk remove "$id-a" --keep >/dev/null
+        test ! -e "$node"
+        disk attach "$id-a" >/dev/null
+        disk flatten "$id-a" "$dir/flat.raw" >/dev/null
+        dd if="$dir/flat.raw" bs=4096 skip=7 count=1 2>/dev/null | cmp - "$dir/block"
+        disk remove "$id-a" >/dev/null
+        disk remove "$id-b" >/dev/null
+        ls /dev >"$dir/dev"
+        ! grep -q -e loop[0-9] -e dm- "$dir/dev"
+    "#;
+    let kept = lab.dir.join("kept");
+    fs::create_dir(&kept).unwrap();
+    let output = std::process::Command::new("unshare")
+        .args(["-m", "sh", "-c", script, "sh"])
+        .arg(&lab.dir)
+        .env("rewake", env!("CARGO_BIN_EXE_rewake"))
+        .env("dir", &lab.dir)
+        .env("id", &lab.prefix)
+        .output()
+        .unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    assert!(output.status.success(), "{}: {said}", output.status);
+    lab.assert_clean("at the end");
+    let after = (run("losetup", &["-a"]), run("dmsetup", &["ls"]));
+    assert_eq!(after, empty, "all devices of the machine");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::Path;
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use mio::Poll;
@@ -13,6 +14,7 @@ use rewake::resource::disk::{
 };
 use rewake::units::Bytes;
 use rewake::wire::reactor::TokenRange;
+use rewake_sys::dm::{Control, DeviceRef};
 
 use super::disklab::{
     BLOCK, Lab, Place, in_test_machine, pattern, read_all, run, skip, soon, write_block,
@@ -156,6 +158,20 @@ impl Drop for Tiny<'_> {
     }
 }
 
+/// Waits for the next event of a disk's device (`DM_DEV_WAIT`), and sends its number and the
+/// one before.
+fn await_event(disk: &Disk) -> Receiver<(u32, u32)> {
+    let uuid = super::snapshot::mapping(disk.steps()).1;
+    let control = Control::open().unwrap();
+    let before = control.info(DeviceRef::Uuid(&uuid)).unwrap().unwrap().event;
+    let (send, receive) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let info = control.wait(DeviceRef::Uuid(&uuid), before).unwrap();
+        send.send((before, info.event)).unwrap();
+    });
+    receive
+}
+
 #[test]
 fn vm_a_lost_store_is_reported_by_the_kernel_at_once() {
     let test = "vm_a_lost_store_is_reported_by_the_kernel_at_once";
@@ -186,6 +202,8 @@ fn vm_a_lost_store_is_reported_by_the_kernel_at_once() {
     pool.remove(third, false, soon()).unwrap();
     assert_eq!(wait(BRIEFLY), None, "nothing has changed");
 
+    // One who waits for this device only, and blocks in the kernel.
+    let blocked = await_event(&disk);
     let failed = (0..SIZE / BLOCK)
         .find_map(|block| write_block(disk.path(), block, &pattern("lost", block)).err());
     assert_eq!(failed.unwrap().raw_os_error(), Some(5), "an I/O error");
@@ -193,6 +211,8 @@ fn vm_a_lost_store_is_reported_by_the_kernel_at_once() {
     let event = wait(Duration::from_secs(20));
     assert_eq!(event.as_deref(), Some("lost: healthy to invalid"));
     println!("reported after {:?}", started.elapsed());
+    let (before, after) = blocked.recv_timeout(Duration::from_secs(20)).unwrap();
+    assert!(after > before, "event {after} after {before}");
     assert_eq!(wait(BRIEFLY), None, "said once");
 
     let error = pool.check(&disk).unwrap_err();

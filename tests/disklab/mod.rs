@@ -15,14 +15,16 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use rewake::deadline::Deadline;
-use rewake::fault::Faults;
+use rewake::fault::{Faults, Inject};
 use rewake::ids::SandboxId;
 use rewake::resource::disk::{DiskConfig, DiskKind, DiskPool, Thresholds};
 use rewake::units::Bytes;
+use rustix::io::Errno;
 
 pub const BLOCK: u64 = 4096;
 
@@ -69,6 +71,8 @@ pub fn run(program: &str, arguments: &[&str]) -> String {
 pub enum Place {
     /// The directory for temporary files, without device-mapper.
     Plain,
+    /// The same, where no file can be made without a name (`O_TMPFILE`).
+    Named,
     /// An XFS on a loop device.
     Xfs,
     /// A btrfs on a loop device.
@@ -80,10 +84,27 @@ pub enum Place {
 impl Place {
     pub const fn kind(self) -> DiskKind {
         match self {
-            Self::Plain => DiskKind::Copy,
+            Self::Plain | Self::Named => DiskKind::Copy,
             Self::Xfs | Self::Btrfs => DiskKind::Reflink,
             Self::DeviceMapper => DiskKind::DmSnapshot,
         }
+    }
+}
+
+/// A file system that knows no files without a name, as NFS, 9p and FUSE.
+pub struct OnlyNamed(pub Faults);
+
+impl Inject for OnlyNamed {
+    fn before(&self, step: &str) -> Result<(), Errno> {
+        self.0.before(step)?;
+        if step.starts_with("make a file in ") {
+            self.0.after(step)?;
+            return Err(Errno::OPNOTSUPP);
+        }
+        Ok(())
+    }
+    fn after(&self, step: &str) -> Result<(), Errno> {
+        self.0.after(step)
     }
 }
 
@@ -105,7 +126,7 @@ impl Lab {
         let prefix = format!("t{}x{number}", std::process::id());
         let dir = std::env::temp_dir().join(format!("rewake-disk-{prefix}"));
         let root = rustix::process::geteuid().is_root();
-        if place != Place::Plain && !root {
+        if !matches!(place, Place::Plain | Place::Named) && !root {
             skip(test, "needs root");
             return None;
         }
@@ -125,7 +146,7 @@ impl Lab {
         let format = match place {
             Place::Xfs => ("xfs", ["-q", "-m", "reflink=1"].as_slice(), 320 << 20),
             Place::Btrfs => ("btrfs", ["-q"].as_slice(), 256 << 20),
-            Place::Plain | Place::DeviceMapper => ("", [].as_slice(), 0),
+            Place::Plain | Place::Named | Place::DeviceMapper => ("", [].as_slice(), 0),
         };
         if format.2 > 0
             && let Err(reason) = lab.mount(format.0, format.1, format.2)
@@ -175,6 +196,10 @@ impl Lab {
     }
 
     pub fn open(&self, faults: Faults) -> DiskPool {
+        let faults = match self.place {
+            Place::Named => Faults::inject(Arc::new(OnlyNamed(faults))),
+            _ => faults,
+        };
         DiskPool::open(self.config(), faults)
     }
 
