@@ -7,8 +7,6 @@
 #[cfg(feature = "cli")]
 #[path = "disk/command.rs"]
 mod command;
-#[path = "disk/crash.rs"]
-mod crash;
 mod disklab;
 #[path = "disk/faults.rs"]
 mod faults;
@@ -17,9 +15,6 @@ mod power_loss;
 mod powerlab;
 #[path = "disk/snapshot.rs"]
 mod snapshot;
-#[cfg(feature = "cli")]
-#[path = "disk/syscalls.rs"]
-mod syscalls;
 #[path = "disk/watch.rs"]
 mod watch;
 
@@ -28,16 +23,15 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
-use disklab::{BLOCK, Lab, Place, chain, pattern, read_all, soon, write_block};
+use disklab::{
+    BLOCK, Lab, Place, SIZE, assert_same, chain, create, pattern, read_all, soon, write_block,
+};
 use faults::survives_every_fault;
 use rewake::deadline::Deadline;
 use rewake::fault::Faults;
-use rewake::resource::disk::{Disk, DiskError, DiskKind, DiskMode, DiskPool, DiskStep, Progress};
+use rewake::resource::disk::{DiskError, DiskKind, DiskMode, DiskStep, Progress};
 use rewake::resource::ledger::{Ledger, Step};
 use rewake::units::Bytes;
-
-/// 512 blocks: two areas of a store's bookkeeping, to the block.
-const SIZE: u64 = 512 * BLOCK;
 
 /// Runs a body at a place, under the name of its test.
 macro_rules! at {
@@ -80,19 +74,6 @@ at! {
     root_a_clone_on_xfs_refuses_what_does_not_fit: refuses at Xfs;
     root_a_clone_on_btrfs_refuses_what_does_not_fit: refuses at Btrfs;
     vm_a_snapshot_refuses_what_does_not_fit: refuses at DeviceMapper;
-}
-
-fn create(lab: &Lab, pool: &DiskPool, name: &str, base: &Path) -> Disk {
-    let mode = DiskMode::Only(lab.place.kind());
-    pool.create(&lab.id(name), base, &lab.disks(), mode, soon())
-        .unwrap_or_else(|error| panic!("{}", chain(&error)))
-}
-
-/// Expects bytes without printing megabytes when they differ.
-fn assert_same(found: &[u8], expected: &[u8], what: &str) {
-    assert_eq!(found.len(), expected.len(), "{what}: size");
-    let differs = found.iter().zip(expected).position(|(a, b)| a != b);
-    assert_eq!(differs, None, "{what}: first difference");
 }
 
 fn lives(lab: &Lab) {

@@ -9,9 +9,9 @@ use rewake::resource::disk::{DiskConfig, DiskError, DiskMode, DiskPool};
 use rustix::io::Errno;
 
 use super::disklab::{
-    Lab, OnlyNamed, Place, chain, in_test_machine, pattern, read_all, soon, write_block,
+    Lab, OnlyNamed, Place, SIZE, assert_same, chain, create, in_test_machine, pattern, read_all,
+    soon, write_block,
 };
-use super::{SIZE, assert_same, create};
 
 const STEP: &str = "REWAKE_TEST_CRASH_STEP";
 const DIR: &str = "REWAKE_TEST_CRASH_DIR";

@@ -1,7 +1,7 @@
 //! Every system call of `rewake disk` fails once, by the kernel's own hand: `strace` injects the
 //! errors, so nothing depends on where the code expects one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -9,15 +9,17 @@ use rewake::fault::Faults;
 use rewake::resource::disk::{DiskError, DiskPool};
 
 use super::disklab::{
-    Lab, Place, chain, in_test_machine, pattern, read_all, skip, soon, write_block,
+    Lab, Place, SIZE, assert_same, chain, create, in_test_machine, pattern, read_all, skip, soon,
+    write_block,
 };
-use super::{SIZE, assert_same, create};
 
 /// What changes something, or asks the kernel what there is.
 const CALLS: &str =
     "ioctl,openat,flock,ftruncate,fsync,fdatasync,linkat,unlink,mkdir,pread64,pwrite64,lseek";
 /// Of these a few will do: a copy is made of hundreds of them.
 const ALIKE: [&str; 3] = ["pread64", "pwrite64", "lseek"];
+/// Of these, one for each thing that is asked for or about.
+const ASKED: [&str; 4] = ["ioctl", "openat", "flock", "mkdir"];
 /// What the dynamic loader, the runtime and the allocator open for themselves.
 const NOT_OURS: [&str; 6] = ["/etc/", "/lib", "/usr/", "/proc/", "/sys/fs/", "TCGETS"];
 
@@ -66,14 +68,18 @@ impl Bench<'_> {
         assert!(output.status.success(), "{words:?}: {output:?}");
         after(self, true, &written, "without an error");
         let (mut counts, mut injected) = (BTreeMap::new(), 0);
+        let mut questions = BTreeSet::new();
         for line in seen.lines() {
             // The number of the process, then the call.
             let call = line.split_whitespace().nth(1).unwrap_or_default();
             let (call, _) = call.split_once('(').unwrap_or_default();
             let count = counts.entry(call).or_insert(0);
             *count += 1;
-            let enough = ALIKE.contains(&call) && *count > 4;
-            if call.is_empty() || enough || NOT_OURS.iter().any(|it| line.contains(it)) {
+            // The same question about the same thing is asked more than once.
+            let question = line.split(", ").take(2).collect::<Vec<_>>().join(", ");
+            let asked = ASKED.contains(&call) && !questions.insert(question);
+            let enough = ALIKE.contains(&call) && *count > 2;
+            if call.is_empty() || enough || asked || NOT_OURS.iter().any(|it| line.contains(it)) {
                 continue;
             }
             let written = before(self);

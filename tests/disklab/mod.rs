@@ -22,11 +22,13 @@ use std::time::{Duration, Instant};
 use rewake::deadline::Deadline;
 use rewake::fault::{Faults, Inject};
 use rewake::ids::SandboxId;
-use rewake::resource::disk::{DiskConfig, DiskKind, DiskPool, Thresholds};
+use rewake::resource::disk::{Disk, DiskConfig, DiskKind, DiskMode, DiskPool, Thresholds};
 use rewake::units::Bytes;
 use rustix::io::Errno;
 
 pub const BLOCK: u64 = 4096;
+/// 512 blocks: two areas of a store's bookkeeping, to the block.
+pub const SIZE: u64 = 512 * BLOCK;
 
 /// A deadline for calls that take milliseconds.
 pub fn soon() -> Deadline {
@@ -286,6 +288,20 @@ impl Drop for Lab {
         let _ = fs::remove_file(self.dir.with_extension("fs"));
         let _ = fs::remove_dir_all(&self.dir);
     }
+}
+
+/// Makes a disk of the place's kind.
+pub fn create(lab: &Lab, pool: &DiskPool, name: &str, base: &Path) -> Disk {
+    let mode = DiskMode::Only(lab.place.kind());
+    pool.create(&lab.id(name), base, &lab.disks(), mode, soon())
+        .unwrap_or_else(|error| panic!("{}", chain(&error)))
+}
+
+/// Expects bytes without printing megabytes when they differ.
+pub fn assert_same(found: &[u8], expected: &[u8], what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}: size");
+    let differs = found.iter().zip(expected).position(|(a, b)| a != b);
+    assert_eq!(differs, None, "{what}: first difference");
 }
 
 /// A block that no other place has.
