@@ -31,7 +31,7 @@ mod snapshot;
 pub mod state;
 mod untouched;
 mod vmm_log;
-mod warm;
+mod write_out;
 
 use std::fmt;
 use std::net::Ipv4Addr;

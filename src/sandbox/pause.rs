@@ -14,12 +14,12 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::context::Context;
-use super::dir::SandboxDir;
 use super::error::{Cause, Error, Full, Operation, Remains, api, file, guest};
 use super::hold::{Hold, UNDO_BUDGET};
 use super::kept::{forget_snapshots, keep_slot};
 use super::live::Live;
 use super::state::{State, Status};
+use super::write_out::{punch, sync_disk, write_out};
 use crate::deadline::Deadline;
 use crate::envd::init::Init;
 use crate::envd::materialise::verdict_before_snapshot;
@@ -90,7 +90,7 @@ pub(crate) fn pause(
         return Err(failed(Cause::LeftOver).with_leftovers(left));
     }
     if durability == Durability::Warm {
-        super::warm::write_out(ctx, id, freeze.status.generation);
+        write_out(ctx, id, freeze.status.generation);
     }
     Ok(freeze.timeline)
 }
@@ -152,20 +152,6 @@ pub(crate) fn release(hold: &Hold, paused: &Status) -> Vec<Remains> {
         left.push(Remains::File(path, source));
     }
     left
-}
-
-/// Brings what the guest wrote to its disk to the host's.
-pub(crate) fn sync_disk(dir: &SandboxDir, faults: &Faults) -> Result<(), Cause> {
-    let stores = std::fs::read_dir(dir.disk())
-        .into_iter()
-        .flatten()
-        .flatten();
-    for path in stores.map(|entry| entry.path()) {
-        faults
-            .call("sync the disk", || std::fs::File::open(&path)?.sync_all())
-            .map_err(file("write to the disk", &path))?;
-    }
-    Ok(())
 }
 
 /// A running sandbox that is about to be frozen, for a pause or for a template.
@@ -316,9 +302,7 @@ impl<'h> Freeze<'h> {
         });
         written.map_err(Failed::into_cause("write the snapshot"))?;
         self.timeline.mark(Phase::SnapshotWritten);
-        if durability == Durability::Synced
-            && super::warm::punch(staging, faults, self.deadline).is_some()
-        {
+        if durability == Durability::Synced && punch(staging, faults, self.deadline).is_some() {
             self.timeline.mark(Phase::ZerosPunched);
         }
         let own = self.has_own_memory();

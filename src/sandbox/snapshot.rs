@@ -55,7 +55,7 @@ pub(crate) fn snapshot(
     }
     hold.change(freeze.running()).map_err(failed)?;
     // The sandbox runs on by now.
-    super::warm::punch(stage.path(), &ctx.config.faults, deadline);
+    super::write_out::punch(stage.path(), &ctx.config.faults, deadline);
     let vm = freeze.status.vm.clone();
     let timeline = std::mem::replace(&mut freeze.timeline, Timeline::start());
     let story = hold.journal.story();

@@ -5,9 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::context::Context;
-use super::error::Operation;
+use super::dir::SandboxDir;
+use super::error::{Cause, Operation, file};
 use super::hold::Hold;
-use super::pause::sync_disk;
 use super::state::State;
 use crate::deadline::Deadline;
 use crate::fault::Faults;
@@ -57,6 +57,20 @@ pub(crate) fn punch(directory: &Path, faults: &Faults, deadline: Deadline) -> Op
     }
 }
 
+/// Brings what the guest wrote to its disk to the host's.
+pub(crate) fn sync_disk(dir: &SandboxDir, faults: &Faults) -> Result<(), Cause> {
+    let stores = std::fs::read_dir(dir.disk())
+        .into_iter()
+        .flatten()
+        .flatten();
+    for path in stores.map(|entry| entry.path()) {
+        faults
+            .call("sync the disk", || File::open(&path)?.sync_all())
+            .map_err(file("write to the disk", &path))?;
+    }
+    Ok(())
+}
+
 fn write(
     ctx: &Arc<Context>,
     id: &SandboxId,
@@ -64,7 +78,7 @@ fn write(
 ) -> Result<(), Box<dyn std::error::Error>> {
     // Without the lock: nobody shall wait for the disk. What is written out too much does no
     // harm, and whether it still counts is asked under the lock.
-    let dir = super::dir::SandboxDir::of(&ctx.config.root, id);
+    let dir = SandboxDir::of(&ctx.config.root, id);
     let snapshot = dir.snapshot(generation);
     for entry in std::fs::read_dir(&snapshot)? {
         File::open(entry?.path())?.sync_all()?;
