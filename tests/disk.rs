@@ -21,6 +21,7 @@ mod watch;
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use disklab::{
@@ -28,10 +29,13 @@ use disklab::{
 };
 use faults::survives_every_fault;
 use rewake::deadline::Deadline;
-use rewake::fault::Faults;
-use rewake::resource::disk::{DiskError, DiskKind, DiskMode, DiskStep, Progress};
+use rewake::fault::{Faults, Inject};
+use rewake::resource::disk::{
+    DiskConfig, DiskError, DiskKind, DiskMode, DiskPool, DiskStep, Progress,
+};
 use rewake::resource::ledger::{Ledger, Step};
 use rewake::units::Bytes;
+use rustix::io::Errno;
 
 /// Runs a body at a place, under the name of its test.
 macro_rules! at {
@@ -69,6 +73,11 @@ at! {
     root_every_fault_of_a_clone_on_xfs_leaves_nothing: survives_every_fault at Xfs;
     root_every_fault_of_a_clone_on_btrfs_leaves_nothing: survives_every_fault at Btrfs;
     vm_every_fault_of_a_snapshot_leaves_nothing: survives_every_fault at DeviceMapper;
+
+    a_copy_waits_for_the_hosts_disk_only_when_told: defers at Plain;
+    root_a_clone_on_xfs_waits_for_the_hosts_disk_only_when_told: defers at Xfs;
+    root_a_clone_on_btrfs_waits_for_the_hosts_disk_only_when_told: defers at Btrfs;
+    vm_a_snapshot_waits_for_the_hosts_disk_only_when_told: defers at DeviceMapper;
 
     a_copy_refuses_what_does_not_fit: refuses at Plain;
     root_a_clone_on_xfs_refuses_what_does_not_fit: refuses at Xfs;
@@ -194,6 +203,75 @@ fn flattens(lab: &Lab) {
     let disk = create(lab, &pool, "b", &to);
     assert_same(&read_all(disk.path()), &expected, "of the flattened image");
     pool.remove(disk, false, soon()).unwrap();
+}
+
+/// Takes down what is done.
+#[derive(Default)]
+struct Recorder(Mutex<Vec<String>>);
+
+impl Inject for Recorder {
+    fn before(&self, _: &str) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    fn after(&self, step: &str) -> Result<(), Errno> {
+        self.0.lock().unwrap().push(step.to_owned());
+        Ok(())
+    }
+}
+
+fn defers(lab: &Lab) {
+    let base = lab.base("base.raw", SIZE);
+    let recorder = Arc::new(Recorder::default());
+    let config = DiskConfig {
+        defer_sync: true,
+        ..lab.config()
+    };
+    let pool = DiskPool::open(config, Faults::inject(recorder.clone()));
+    let waits = || {
+        let steps = std::mem::take(&mut *recorder.0.lock().unwrap());
+        let mut waits: Vec<_> = steps
+            .into_iter()
+            .filter(|step| step.ends_with(" to the disk"))
+            .collect();
+        waits.sort_unstable();
+        waits
+    };
+    let disk = create(lab, &pool, "a", &base);
+    assert_eq!(waits(), Vec::<String>::new());
+    pool.sync(disk.id(), &lab.disks()).unwrap();
+    let store = disk.record().kind == DiskKind::DmSnapshot;
+    let file = |extension| lab.disks().join(format!("{}.{extension}", disk.id()));
+    let (record, store) = (file("json"), file(if store { "cow" } else { "raw" }));
+    let mut all =
+        [&lab.disks(), &record, &store].map(|path| format!("write {} to the disk", path.display()));
+    all.sort_unstable();
+    assert_eq!(waits(), all);
+
+    // What a power loss can leave of one that was not: a record without its contents.
+    let id = disk.id().clone();
+    fs::write(&record, "").unwrap();
+    let held = pool.remove_by_id(&id, &lab.disks(), false, soon());
+    assert!(
+        matches!(&held, Err(failure) if matches!(failure.source, DiskError::Held { .. })),
+        "{held:?}"
+    );
+    drop(disk);
+    let kept = pool.remove_by_id(&id, &lab.disks(), true, soon());
+    for refused in [kept, pool.attach(&id, &lab.disks(), soon()).map(drop)] {
+        assert!(
+            matches!(&refused, Err(failure) if matches!(failure.source, DiskError::Record { .. })),
+            "{refused:?}"
+        );
+    }
+    pool.remove_by_id(&id, &lab.disks(), false, soon()).unwrap();
+    assert_eq!(fs::read_dir(lab.disks()).unwrap().count(), 0);
+    lab.assert_clean("after removal of what was torn");
+    let gone = pool.sync(&id, &lab.disks());
+    assert!(
+        matches!(&gone, Err(failure) if matches!(failure.source, DiskError::Missing { .. })),
+        "{gone:?}"
+    );
 }
 
 fn refuses(lab: &Lab) {

@@ -111,7 +111,7 @@ impl HostConfig {
 pub(crate) struct Context {
     pub(crate) config: HostConfig,
     pub(crate) net: Arc<HostNet>,
-    pub(crate) disks: DiskPool,
+    pub(crate) disks: Arc<DiskPool>,
     pub(crate) pool: SlotPool,
     /// Absent where none are wanted, and before anything may be made.
     pub(crate) kits: OnceLock<KitPool>,
@@ -128,8 +128,13 @@ impl Context {
         let pool = SlotPool::start(Arc::clone(&net), config.slots);
         let pool =
             pool.map_err(|error| failed(file("start the slot pool of", &config.root)(error)))?;
+        let disks = DiskConfig {
+            // Nobody who launches waits for the host's disk; it is seen to right behind.
+            defer_sync: true,
+            ..config.disk.clone()
+        };
         Ok(Self {
-            disks: DiskPool::open(config.disk.clone(), config.faults.clone()),
+            disks: Arc::new(DiskPool::open(disks, config.faults.clone())),
             admission: Admission::new(config.limits.clone()),
             net,
             pool,

@@ -17,6 +17,7 @@ use super::kept::put_back;
 use super::recorder::Recorder;
 use super::state::{RunningVm, State, Status};
 use super::untouched::Ran;
+use super::write_out::sync_behind;
 use crate::deadline::Deadline;
 use crate::envd::init::Init;
 use crate::ids::SlotIndex;
@@ -216,7 +217,9 @@ impl Making {
         drop(restored.into_parts());
         // Both stay as they are, without anybody holding them.
         drop(self.recorder.take_slot());
-        drop(self.disk.take());
+        if self.disk.take().is_some() && self.operation == Operation::Launch {
+            sync_behind(&self.hold.ctx, &self.hold.id, &self.hold.dir);
+        }
         let mut sandbox = Sandbox::new(&self.hold.ctx, &self.hold.id, &status, timeline);
         if status.vm.as_ref().is_some_and(|vm| vm.lazy) {
             sandbox.begin_preload(&status, self.deadline);

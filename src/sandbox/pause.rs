@@ -106,7 +106,7 @@ fn commit(
     let generation = freeze.status.generation;
     let place = hold.dir.snapshot(generation);
     if durability == Durability::Synced {
-        sync_disk(&hold.dir, faults)?;
+        sync_disk(&hold.ctx, &hold.id, &hold.dir)?;
     }
     let installed = install(staging, &place, durability, faults);
     if let Err(error) = installed {

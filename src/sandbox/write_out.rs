@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use super::context::Context;
 use super::dir::SandboxDir;
-use super::error::{Cause, Operation, file};
+use super::error::{Cause, Operation};
 use super::hold::Hold;
 use super::state::State;
 use crate::deadline::Deadline;
 use crate::fault::Faults;
 use crate::ids::SandboxId;
+use crate::resource::disk::DiskError;
 use crate::snapshot::Puncher;
 use crate::units::Bytes;
 
@@ -57,18 +58,33 @@ pub(crate) fn punch(directory: &Path, faults: &Faults, deadline: Deadline) -> Op
     }
 }
 
-/// Brings what the guest wrote to its disk to the host's.
-pub(crate) fn sync_disk(dir: &SandboxDir, faults: &Faults) -> Result<(), Cause> {
-    let stores = std::fs::read_dir(dir.disk())
-        .into_iter()
-        .flatten()
-        .flatten();
-    for path in stores.map(|entry| entry.path()) {
-        faults
-            .call("sync the disk", || File::open(&path)?.sync_all())
-            .map_err(file("write to the disk", &path))?;
+/// Starts a thread that brings the disk of a sandbox that was just launched to the host's. Its
+/// VM does not outlive the machine, so nobody waits for it; but what its guest flushes shall
+/// be found again.
+pub(crate) fn sync_behind(ctx: &Context, id: &SandboxId, dir: &SandboxDir) {
+    let (disks, name, dir) = (Arc::clone(&ctx.disks), id.clone(), dir.disk());
+    let started = std::thread::Builder::new()
+        .name("rw-sync-disk".to_owned())
+        .spawn(move || {
+            if let Err(failure) = disks.sync(&name, &dir) {
+                // Destroyed again, mostly.
+                log::debug!("{failure}: {}", failure.source);
+            }
+        });
+    if let Err(error) = started {
+        log::warn!("Sandbox {id}: its disk is left to the kernel's own time: {error}");
     }
-    Ok(())
+}
+
+/// Brings the disk, which nothing has waited for until now, to the host's.
+pub(crate) fn sync_disk(ctx: &Context, id: &SandboxId, dir: &SandboxDir) -> Result<(), Cause> {
+    match ctx.disks.sync(id, &dir.disk()) {
+        Err(failure) if matches!(failure.source, DiskError::Missing { .. }) => Ok(()),
+        other => other.map_err(|failure| Cause::Disk {
+            what: "write out",
+            source: Box::new(failure),
+        }),
+    }
 }
 
 fn write(
@@ -84,7 +100,7 @@ fn write(
         File::open(entry?.path())?.sync_all()?;
     }
     File::open(&snapshot)?.sync_all()?;
-    sync_disk(&dir, &ctx.config.faults)?;
+    sync_disk(ctx, id, &dir)?;
     File::open(dir.path())?.sync_all()?;
     let hold = Hold::take(ctx, id, Operation::Pause)?;
     let mut status = hold.status();

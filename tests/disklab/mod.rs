@@ -187,6 +187,7 @@ impl Lab {
 
     pub fn config(&self) -> DiskConfig {
         DiskConfig {
+            defer_sync: false,
             runtime_dir: self.dir.join("run"),
             store_size: None,
             thresholds: Thresholds {

@@ -120,6 +120,12 @@ impl Fleet {
         );
         note(lab, &fleet.freezing, |status| status.now(State::Pausing));
         note(lab, &fleet.going, |status| status.now(State::Destroying));
+        // Disks of which not all had reached the host's disk.
+        for id in [fleet.running.id(), fleet.going.id()] {
+            let record = lab.sandbox(id).join(format!("disk/{id}.json"));
+            assert!(record.exists());
+            std::fs::write(record, "").unwrap();
+        }
         let named = [fleet.running.id(), fleet.going.id(), fleet.safe.0.id()];
         for (id, stranger) in named.into_iter().zip(strangers) {
             let path = lab.sandbox(id).join("journal");

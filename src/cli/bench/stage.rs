@@ -194,6 +194,8 @@ impl Stage {
             .map_err(network("Cannot use the namespace as a host"))?;
         let disks = DiskConfig {
             runtime_dir: run.join("disks"),
+            // As a host does.
+            defer_sync: true,
             ..DiskConfig::default()
         };
         let stage = Self {

@@ -35,6 +35,15 @@ pub struct Progress {
     pub total: Bytes,
 }
 
+/// When a file is on the host's disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reaches {
+    /// When it has its name.
+    Now,
+    /// When somebody sees to it.
+    Later,
+}
+
 /// A file without a name yet. A crash or an error leaves nothing of it.
 ///
 /// Where the file system knows no such files (NFS, 9p, FUSE, older overlayfs), it has another
@@ -94,9 +103,9 @@ impl Unnamed {
     }
 
     /// Writes the contents to the disk, then gives the file its name, then writes that to
-    /// the disk: after a power loss there is the whole file or none. The caller has noted
-    /// the step.
-    pub(super) fn publish(self, faults: &Faults) -> Result<File, DiskError> {
+    /// the disk: after a power loss there is the whole file or none. Or gives it its name
+    /// only. The caller has noted the step.
+    pub(super) fn publish(self, reaches: Reaches, faults: &Faults) -> Result<File, DiskError> {
         let Self {
             file,
             path,
@@ -104,11 +113,9 @@ impl Unnamed {
             mut part,
             ..
         } = self;
-        call(
-            faults,
-            format!("write {} to the disk", path.display()),
-            || rustix::fs::fsync(&file).named("fsync"),
-        )?;
+        if reaches == Reaches::Now {
+            sync_file(&file, &path, faults)?;
+        }
         let named = call(faults, format!("name {}", path.display()), || {
             let Some(Part(unfinished)) = &mut part else {
                 let from = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -128,7 +135,9 @@ impl Unnamed {
             other => other?,
         }
         drop(part);
-        sync_directory(&dir, faults)?;
+        if reaches == Reaches::Now {
+            sync_directory(&dir, faults)?;
+        }
         Ok(file)
     }
 }
@@ -217,6 +226,12 @@ fn lock_named(file: &File, name: &Path) -> Result<bool, DiskError> {
     let is_named =
         || std::fs::metadata(name).is_ok_and(|it| (it.dev(), it.ino()) == (mine.dev(), mine.ino()));
     Ok(locked && is_named())
+}
+
+/// Makes the contents of a file outlive a power loss.
+pub(super) fn sync_file(file: &File, path: &Path, faults: &Faults) -> Result<(), DiskError> {
+    let step = format!("write {} to the disk", path.display());
+    call(faults, step, || rustix::fs::fsync(file).named("fsync"))
 }
 
 /// Makes the names in a directory outlive a power loss.

@@ -7,7 +7,7 @@ use rewake_sys::error::Named;
 use rustix::io::Errno;
 
 use super::error::{DiskError, call};
-use super::file::{self, Copy, Progress, Unnamed};
+use super::file::{self, Copy, Progress, Reaches, Unnamed};
 use super::pressure::StoreState;
 use super::record::Base;
 use super::{Disk, DiskKind, DiskPool};
@@ -85,7 +85,7 @@ impl DiskPool {
 
     fn publish(&self, image: Unnamed, deadline: Deadline) -> Result<(), DiskError> {
         let step = image.step.clone();
-        let published = image.publish(&self.faults);
+        let published = image.publish(Reaches::Now, &self.faults);
         if published.is_err() {
             // It may have got its name already.
             step.undo_with(Some(&self.control), &self.faults, deadline)?;

@@ -15,7 +15,9 @@
 //! Files are made without a name, written to the disk (`fsync`), named (`linkat`), and the
 //! directory is written to the disk (`fsync`): first the record, then the store, then, once attached,
 //! what the guest flushes. So a store that has a name is whole, and a record without a store
-//! is the worst that can be left; removing the disk removes it. The snapshot target writes
+//! is the worst that can be left; removing the disk removes it. With
+//! [`DiskConfig::defer_sync`] all that is left to [`DiskPool::sync`], and what is left before
+//! may be torn: it can be removed, and nothing else. The snapshot target writes
 //! its bookkeeping after the data, behind a flush; the loop device turns flushes into
 //! `fsync`. A flattened image appears under its name when all of it is on the disk.
 
@@ -30,6 +32,7 @@ mod record;
 mod remove;
 mod show;
 mod step;
+mod sync;
 mod watch;
 
 use std::fmt;
@@ -49,7 +52,7 @@ use crate::resource::ledger::Step;
 use crate::units::Bytes;
 use dm_snapshot::Mapping;
 use error::call;
-use file::Unnamed;
+use file::{Reaches, Unnamed};
 use record::{Base, Lock};
 
 pub use error::{DiskError, DiskFailure, DiskLeftover};
@@ -105,6 +108,11 @@ pub struct DiskConfig {
     pub store_size: Option<Bytes>,
     /// When a store counts as under pressure.
     pub thresholds: Thresholds,
+    /// Leaves new disks to the kernel's own time, which saves four waits for the host's disk.
+    /// After a power loss such a disk can be gone, or in pieces that can only be removed,
+    /// until [`DiskPool::sync`] was called for it: right where a VM shall run first, whose
+    /// memory does not outlive the machine either.
+    pub defer_sync: bool,
 }
 
 impl Default for DiskConfig {
@@ -113,6 +121,7 @@ impl Default for DiskConfig {
             runtime_dir: PathBuf::from("/run/rewake"),
             store_size: None,
             thresholds: Thresholds::default(),
+            defer_sync: false,
         }
     }
 }
@@ -365,6 +374,15 @@ impl DiskPool {
         loopdev::available()
     }
 
+    /// When the files of a new disk reach the host's disk.
+    const fn new_files(&self) -> Reaches {
+        if self.config.defer_sync {
+            Reaches::Later
+        } else {
+            Reaches::Now
+        }
+    }
+
     fn make_record(
         &self,
         id: &SandboxId,
@@ -390,7 +408,7 @@ impl DiskPool {
         record.write(&unnamed.file, &self.faults)?;
         record::lock(&unnamed.file, id, &self.faults)?;
         steps.push(unnamed.step.clone());
-        let lock = Lock(unnamed.publish(&self.faults)?);
+        let lock = Lock(unnamed.publish(self.new_files(), &self.faults)?);
         Ok((record, lock))
     }
 
@@ -430,7 +448,7 @@ impl DiskPool {
         let after = Base::open(&base.identity.path, &self.faults)?;
         after.expect(&base.identity)?;
         steps.push(unnamed.step.clone());
-        let made = unnamed.publish(&self.faults)?;
+        let made = unnamed.publish(self.new_files(), &self.faults)?;
         // Opened again by its name: `losetup` shows the name under which a file was opened.
         let store = file::open(&path, true, &self.faults)?;
         if dm_snapshot::uuid(&store, &path)? != dm_snapshot::uuid(&made, &path)? {

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use rewake_sys::dm::DeviceRef;
@@ -15,7 +15,7 @@ use rewake_sys::error::Named;
 
 use super::dm_snapshot::Mapping;
 use super::error::{DiskError, DiskFailure, DiskLeftover, call};
-use super::record::DiskRecord;
+use super::record::{self, DiskRecord, Lock};
 use super::{Disk, DiskKind, DiskPool, DiskStep, dm_snapshot, file, is_stored};
 use crate::deadline::Deadline;
 use crate::ids::SandboxId;
@@ -47,7 +47,8 @@ impl DiskPool {
             ..
         } = disk;
         let store = record.store(&id, &dir);
-        let outcome = self.remove_steps(&id, record.kind, steps, keep_store, &store, deadline);
+        let outcome =
+            self.remove_steps(&id, Some(record.kind), steps, keep_store, &store, deadline);
         // Held until nothing of the disk is left to be found.
         drop(lock);
         outcome
@@ -156,12 +157,17 @@ impl DiskPool {
             for path in DiskRecord::files(id, &dir) {
                 file::forget_unfinished(&path)?;
             }
-            let held = DiskRecord::read(id, &dir, &self.faults)?;
+            let held = match DiskRecord::read(id, &dir, &self.faults) {
+                Err(DiskError::Record { .. }) if !keep_store => return self.torn(id, &dir),
+                other => other?,
+            };
             let (record, lock) = held.lock(id, &self.faults)?;
-            let mut steps = self.files(id, &dir, &record)?;
-            steps.extend(self.attached_steps(id, &dir, &record)?);
             let store = record.store(id, &dir);
-            Ok((record.kind, lock, steps, store))
+            let mut steps = self.files(&[DiskRecord::path(id, &dir), store.clone()])?;
+            if record.kind == DiskKind::DmSnapshot {
+                steps.extend(self.attached_steps(&store)?);
+            }
+            Ok((Some(record.kind), lock, steps, store))
         });
         let (kind, lock, steps, store) = found.map_err(|source| DiskFailure {
             id: id.clone(),
@@ -174,10 +180,27 @@ impl DiskPool {
         outcome
     }
 
+    /// What is left of a disk whose record had not reached the host's disk when that lost its
+    /// power: any of its files.
+    fn torn(
+        &self,
+        id: &SandboxId,
+        dir: &Path,
+    ) -> Result<(Option<DiskKind>, Lock, Vec<DiskStep>, PathBuf), DiskError> {
+        let path = DiskRecord::path(id, dir);
+        log::warn!("{} cannot be read: its disk is removed", path.display());
+        let lock = Lock(file::open(&path, false, &self.faults)?);
+        record::lock(&lock.0, id, &self.faults)?;
+        let mut steps = self.files(&DiskRecord::files(id, dir))?;
+        let store = dir.join(format!("{id}.cow"));
+        steps.extend(self.attached_steps(&store)?);
+        Ok((None, lock, steps, store))
+    }
+
     fn remove_steps(
         &self,
         id: &SandboxId,
-        kind: DiskKind,
+        kind: Option<DiskKind>,
         steps: Vec<DiskStep>,
         keep_store: bool,
         store: &Path,
@@ -185,7 +208,7 @@ impl DiskPool {
     ) -> Result<(), DiskFailure> {
         let failure = |source, leftovers| DiskFailure {
             id: id.clone(),
-            kind: Some(kind),
+            kind,
             source,
             leftovers,
         };
@@ -215,34 +238,27 @@ impl DiskPool {
 
     fn sync_store(&self, path: &Path) -> Result<(), DiskError> {
         let store = file::open(path, false, &self.faults)?;
-        call(
-            &self.faults,
-            format!("write {} to the disk", path.display()),
-            || rustix::fs::fsync(&store).named("fsync"),
-        )
+        file::sync_file(&store, path, &self.faults)
     }
 
     /// The files of an attached disk as steps.
     pub(super) fn stored_steps(&self, disk: &Disk) -> Result<Vec<DiskStep>, DiskError> {
-        self.files(&disk.id, &disk.dir, &disk.record)
+        let store = disk.record.store(&disk.id, &disk.dir);
+        self.files(&[DiskRecord::path(&disk.id, &disk.dir), store])
     }
 
-    fn files(
-        &self,
-        id: &SandboxId,
-        dir: &Path,
-        record: &DiskRecord,
-    ) -> Result<Vec<DiskStep>, DiskError> {
+    /// Those of the files that are there, as steps.
+    fn files(&self, paths: &[PathBuf]) -> Result<Vec<DiskStep>, DiskError> {
         let mut steps = Vec::new();
-        for path in [DiskRecord::path(id, dir), record.store(id, dir)] {
+        for path in paths {
             match call(&self.faults, format!("look at {}", path.display()), || {
-                match std::fs::symlink_metadata(&path) {
+                match std::fs::symlink_metadata(path) {
                     Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
                     other => other.map(Some).named("lstat"),
                 }
             })? {
                 Some(found) => steps.push(DiskStep::File {
-                    path,
+                    path: path.clone(),
                     device: found.dev(),
                     inode: found.ino(),
                 }),
@@ -252,22 +268,13 @@ impl DiskPool {
         Ok(steps)
     }
 
-    /// The mapping of a disk as a step, if there is one, and the node that we made of it.
-    fn attached_steps(
-        &self,
-        id: &SandboxId,
-        dir: &Path,
-        record: &DiskRecord,
-    ) -> Result<Vec<DiskStep>, DiskError> {
-        if record.kind != DiskKind::DmSnapshot {
-            return Ok(Vec::new());
-        }
-        let path = record.store(id, dir);
+    /// The mapping of a store as a step, if there is one, and the node that we made of it.
+    fn attached_steps(&self, path: &Path) -> Result<Vec<DiskStep>, DiskError> {
         if !path.exists() {
             return Ok(Vec::new());
         }
-        let store = file::open(&path, false, &self.faults)?;
-        let uuid = dm_snapshot::uuid(&store, &path)?;
+        let store = file::open(path, false, &self.faults)?;
+        let uuid = dm_snapshot::uuid(&store, path)?;
         let Some(found) = self.mapping(&uuid)? else {
             return Ok(Vec::new());
         };
