@@ -68,3 +68,9 @@ impl From<Arc<PendingSlot>> for Netns {
         Self::Of(slot)
     }
 }
+
+impl From<&str> for Netns {
+    fn from(path: &str) -> Self {
+        Self::At(path.into())
+    }
+}
