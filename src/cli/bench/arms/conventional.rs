@@ -135,6 +135,11 @@ impl Life {
     }
 }
 
+/// The name of a slot's namespace.
+fn namespace(index: u16) -> String {
+    format!("{PREFIX}-{index}")
+}
+
 /// The guest was not healthy in time, or its process ended.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -353,7 +358,12 @@ impl Running {
         static NEXT: AtomicU16 = AtomicU16::new(0);
         // Beside another run on this machine the names must differ: `ip netns` has one place.
         let share = (std::process::id() % 12) as u16 * 1000;
-        let index = FIRST_INDEX + share + NEXT.fetch_add(1, Ordering::Relaxed) % 1000;
+        // A run that was killed may have left some.
+        let index = std::iter::repeat_with(|| NEXT.fetch_add(1, Ordering::Relaxed) % 1000)
+            .map(|next| FIRST_INDEX + share + next)
+            .take(1000)
+            .find(|index| !netns::named_path(&namespace(*index)).exists())
+            .unwrap_or(FIRST_INDEX + share);
         Self {
             child: None,
             index,
@@ -365,7 +375,7 @@ impl Running {
     }
 
     fn namespace(&self) -> String {
-        format!("{PREFIX}-{}", self.index)
+        namespace(self.index)
     }
 
     fn socket(&self) -> PathBuf {
