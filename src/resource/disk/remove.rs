@@ -230,15 +230,10 @@ impl DiskPool {
             return Err(failure(first.error, failed));
         }
         if keep_store && store.exists() {
-            self.sync_store(store)
+            self.sync_file(store)
                 .map_err(|source| failure(source, Vec::new()))?;
         }
         Ok(())
-    }
-
-    fn sync_store(&self, path: &Path) -> Result<(), DiskError> {
-        let store = file::open(path, false, &self.faults)?;
-        file::sync_file(&store, path, &self.faults)
     }
 
     /// The files of an attached disk as steps.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::file;
 use super::record::DiskRecord;
-use super::{DiskFailure, DiskPool};
+use super::{DiskError, DiskFailure, DiskPool};
 use crate::ids::SandboxId;
 
 impl DiskPool {
@@ -15,7 +15,7 @@ impl DiskPool {
     /// VM stands still, and its agent has flushed its file systems.
     ///
     /// # Errors
-    /// [`DiskError::Missing`](super::DiskError::Missing) where there is none, and what the
+    /// [`DiskError::Missing`] where there is none, and what the
     /// file system says.
     pub fn sync(&self, id: &SandboxId, dir: &Path) -> Result<(), DiskFailure> {
         let mut kind = None;
@@ -24,8 +24,7 @@ impl DiskPool {
             let record = DiskRecord::read(id, &dir, &self.faults)?.record;
             kind = Some(record.kind);
             for path in [DiskRecord::path(id, &dir), record.store(id, &dir)] {
-                let file = file::open(&path, false, &self.faults)?;
-                file::sync_file(&file, &path, &self.faults)?;
+                self.sync_file(&path)?;
             }
             file::sync_directory(&dir, &self.faults)
         })();
@@ -35,5 +34,11 @@ impl DiskPool {
             source,
             leftovers: Vec::new(),
         })
+    }
+
+    /// The same with one of its files.
+    pub(super) fn sync_file(&self, path: &Path) -> Result<(), DiskError> {
+        let file = file::open(path, false, &self.faults)?;
+        file::sync_file(&file, path, &self.faults)
     }
 }

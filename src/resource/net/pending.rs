@@ -1,6 +1,5 @@
 //! A slot while it is built: its namespace can be used before the rest of it stands.
 
-use std::any::Any;
 use std::mem;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -164,10 +163,7 @@ impl Build {
         self.set(match outcome {
             Ok(Ok(slot)) => Progress::Stands(Box::new(slot), Instant::now()),
             Ok(Err(failure)) => Progress::Failed(Arc::new(failure)),
-            Err(panic) => {
-                drop::<Box<dyn Any + Send>>(panic);
-                Progress::Panicked
-            }
+            Err(_) => Progress::Panicked,
         });
     }
 
