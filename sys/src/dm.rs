@@ -75,6 +75,7 @@ enum Command {
     ListDevices = 2,
     Create = 3,
     Remove = 4,
+    Rename = 5,
     Suspend = 6,
     Status = 7,
     Wait = 8,
@@ -93,6 +94,7 @@ impl Command {
             Self::ListDevices => "DM_LIST_DEVICES",
             Self::Create => "DM_DEV_CREATE",
             Self::Remove => "DM_DEV_REMOVE",
+            Self::Rename => "DM_DEV_RENAME",
             Self::Suspend => "DM_DEV_SUSPEND",
             Self::Status => "DM_DEV_STATUS",
             Self::Wait => "DM_DEV_WAIT",
@@ -254,6 +256,19 @@ impl Control {
         let mut request = Request::new(Some(device))?;
         request.header.flags = if deferred { DEFERRED_REMOVE } else { 0 };
         self.call(Command::Remove, &request).map(drop)
+    }
+
+    /// Gives a device another name. Its uuid, its number and whoever has it open stay.
+    ///
+    /// # Errors
+    /// `EBUSY` where the new name is taken, `ENXIO` where there is no device of the old one.
+    #[doc(alias = "DM_DEV_RENAME")]
+    pub fn rename(&self, from: &str, to: &str) -> Result<(), CallError> {
+        let mut request = Request::new(Some(DeviceRef::Name(from)))?;
+        let mut name = [0; NAME_LEN];
+        fill(&mut name, to)?;
+        request.data.extend_from_slice(&name);
+        self.call(Command::Rename, &request).map(drop)
     }
 
     /// Loads a table; it comes into use with [`Control::resume`].
