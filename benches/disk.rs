@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use disklab::{BLOCK, Lab, Place, pattern, read_all, run, soon, write_block};
 use interleaved::{Samples, numbers, print_machine};
 use rewake::fault::{Faults, Inject};
-use rewake::resource::disk::{DiskKind, DiskMode};
+use rewake::resource::disk::{DiskKind, DiskMode, DiskStock, DiskStockOptions};
 use rustix::io::Errno;
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/conventional-disk.sh");
@@ -110,15 +110,39 @@ fn main() {
             });
         }
     }
+    take(&lab, &base, &image, rounds, &mut figures);
     pool.remove(keeper, false, soon()).expect("removed");
     lab.assert_clean("after the benchmark");
     figures.print();
+}
+
+/// Disks that stand ready: what whoever wants one waits for.
+fn take(lab: &Lab, base: &Path, image: &[u8], rounds: usize, figures: &mut Figures) {
+    let pool = Arc::new(lab.open(Faults::NONE));
+    let mode = DiskMode::Only(DiskKind::DmSnapshot);
+    let options = DiskStockOptions {
+        target: 2,
+        ..DiskStockOptions::default()
+    };
+    let stock = DiskStock::open(Arc::clone(&pool), &lab.stock(), options).expect("a stock");
+    stock.keep(base, mode).expect("a shelf");
+    for round in 0..rounds {
+        assert!(stock.wait_settled(soon()), "{:?}", stock.stats());
+        let (id, disks) = (lab.id(&format!("t{round}")), lab.disks());
+        let disk = time(&mut figures.taken, || stock.take(&id, base, &disks, mode));
+        let disk = disk.expect("taken").expect("one is ready");
+        check(disk.path(), image);
+        pool.retire(disk, soon()).expect("retired");
+    }
+    let left = stock.close(soon());
+    assert!(left.is_empty(), "{left:?}");
 }
 
 /// What was measured.
 #[derive(Default)]
 struct Figures {
     created: Samples,
+    taken: Samples,
     detached: Samples,
     attached: Samples,
     removed: Samples,
@@ -134,6 +158,7 @@ struct Figures {
 impl Figures {
     fn print(&self) {
         self.created.print("rewake: create a disk, durable");
+        self.taken.print("rewake: take a disk that stands ready");
         self.attached.print("rewake: attach a disk");
         self.detached.print("rewake: detach a disk, durable");
         self.removed.print("rewake: remove a disk");
@@ -149,10 +174,11 @@ impl Figures {
         let ratio = |a: &Samples, b: &Samples| a.median().as_secs_f64() / b.median().as_secs_f64();
         let whole = |a: &Samples, b: &Samples| (a.median() + b.median()).as_secs_f64();
         println!(
-            "ratio of medians: a disk made and removed {:.1}; create {:.1}, \
+            "ratio of medians: a disk made and removed {:.1}; create {:.1}, take {:.1}, \
              attach against create {:.1}, remove {:.1}, retire {:.1}, remove 16 at once {:.1}",
             whole(&self.theirs, &self.theirs_gone) / whole(&self.created, &self.removed),
             ratio(&self.theirs, &self.created),
+            ratio(&self.theirs, &self.taken),
             ratio(&self.theirs, &self.attached),
             ratio(&self.theirs_gone, &self.removed),
             ratio(&self.theirs_gone, &self.retired),

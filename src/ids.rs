@@ -104,8 +104,13 @@ impl SandboxId {
     /// A fresh, random id: `sb-` and 16 hexadecimal digits.
     #[must_use]
     pub fn random() -> Self {
+        Self::random_with("sb-")
+    }
+
+    /// Another beginning; the caller knows that it may be one.
+    pub(crate) fn random_with(prefix: &'static str) -> Self {
         let random = uuid::Uuid::new_v4().simple().to_string();
-        Self(format!("sb-{}", &random[..16]))
+        Self(format!("{prefix}{}", &random[..16]))
     }
 }
 

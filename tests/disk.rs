@@ -15,6 +15,8 @@ mod power_loss;
 mod powerlab;
 #[path = "disk/snapshot.rs"]
 mod snapshot;
+#[path = "disk/stock.rs"]
+mod stock;
 #[path = "disk/watch.rs"]
 mod watch;
 
@@ -36,6 +38,7 @@ use rewake::resource::disk::{
 use rewake::resource::ledger::{Ledger, Step};
 use rewake::units::Bytes;
 use rustix::io::Errno;
+use stock::{checks, forgets, stocks};
 
 /// Runs a body at a place, under the name of its test.
 macro_rules! at {
@@ -78,6 +81,18 @@ at! {
     root_a_clone_on_xfs_waits_for_the_hosts_disk_only_when_told: defers at Xfs;
     root_a_clone_on_btrfs_waits_for_the_hosts_disk_only_when_told: defers at Btrfs;
     vm_a_snapshot_waits_for_the_hosts_disk_only_when_told: defers at DeviceMapper;
+
+    a_copy_that_is_ready_becomes_a_sandboxs: stocks at Plain;
+    a_copy_that_is_ready_becomes_a_sandboxs_where_every_file_has_a_name: stocks at Named;
+    root_a_clone_on_xfs_that_is_ready_becomes_a_sandboxs: stocks at Xfs;
+    root_a_clone_on_btrfs_that_is_ready_becomes_a_sandboxs: stocks at Btrfs;
+    vm_a_snapshot_that_is_ready_becomes_a_sandboxs: stocks at DeviceMapper;
+
+    what_is_not_as_it_was_made_is_not_handed_out: checks at Plain;
+    vm_a_snapshot_that_is_not_as_it_was_made_is_not_handed_out: checks at DeviceMapper;
+
+    images_that_are_not_asked_for_give_their_place_up: forgets at Plain;
+    vm_images_of_snapshots_that_are_not_asked_for_give_their_place_up: forgets at DeviceMapper;
 
     a_copy_refuses_what_does_not_fit: refuses at Plain;
     root_a_clone_on_xfs_refuses_what_does_not_fit: refuses at Xfs;

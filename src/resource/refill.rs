@@ -17,6 +17,9 @@ use crate::deadline::Deadline;
 /// After a failure, nothing is made for this long.
 const BACK_OFF: Duration = Duration::from_secs(1);
 
+/// So often, what is ready is looked at while nobody takes it.
+const ROUND: Duration = Duration::from_secs(5);
+
 /// What makes things, and removes them.
 pub(crate) trait Maker: Send + Sync + 'static {
     /// What is made.
@@ -32,6 +35,10 @@ pub(crate) trait Maker: Send + Sync + 'static {
 
     /// Makes one. Blocks, until the deadline at the latest.
     fn make(&self, deadline: Deadline) -> Result<Self::Item, Self::Error>;
+    /// Whether any are wanted: what they are made of is still there.
+    fn is_wanted(&self) -> bool {
+        true
+    }
     /// Whether it can still be used. Takes microseconds.
     fn is_healthy(&self, item: &Self::Item) -> bool;
     /// Removes some. Blocks, until the deadline at the latest.
@@ -45,7 +52,8 @@ pub(crate) struct Limits {
     pub(crate) target: usize,
     /// The least time between the beginnings of two.
     pub(crate) interval: Duration,
-    /// The least time between taking one and beginning the next, while some are left.
+    /// The least time between taking one and beginning the next, while some are left, and
+    /// between starting the stock and beginning the first.
     pub(crate) quiet: Duration,
     /// How long making one, or removing some, may take.
     pub(crate) budget: Duration,
@@ -231,11 +239,18 @@ impl<M: Maker> Shared<M> {
     /// The thread: makes things while there is room and removes what was retired. Making comes
     /// first, somebody may be waiting for it; nobody waits for a removal.
     fn serve(&self) {
-        let mut earliest = Instant::now();
+        let mut earliest = Instant::now() + self.limits.quiet;
+        let mut next_round = Instant::now() + ROUND;
+        let mut is_wanted = true;
         let mut state = self.lock();
         while !state.stop {
             let now = Instant::now();
-            let wants = state.ready.len() < self.limits.target;
+            if now >= next_round {
+                next_round = now + ROUND;
+                is_wanted = self.maker.is_wanted();
+                self.look_through(&mut state, is_wanted);
+            }
+            let wants = is_wanted && state.ready.len() < self.limits.target;
             let taken = state.last_taken.filter(|_| !state.ready.is_empty());
             let next = taken.map_or(earliest, |taken| earliest.max(taken + self.limits.quiet));
             if wants && now >= next {
@@ -245,6 +260,8 @@ impl<M: Maker> Shared<M> {
                 state = self.lock();
                 match made {
                     Ok(item) => state.ready.push_back(item),
+                    // There is nothing to make it of any more.
+                    Err(_) if !self.maker.is_wanted() => is_wanted = false,
                     Err(error) => {
                         earliest = now + BACK_OFF;
                         state.counts.failed += 1;
@@ -263,12 +280,30 @@ impl<M: Maker> Shared<M> {
                     log::warn!("Left over of a {}: {left}", M::NAME);
                 }
             } else {
-                let idle = if wants { next - now } else { Duration::MAX };
+                let round = next_round.saturating_duration_since(now);
+                let idle = match wants {
+                    true => round.min(next - now),
+                    false if self.limits.target == 0 => Duration::MAX,
+                    false => round,
+                };
                 state = wait(&self.wanted, state, idle);
                 continue;
             }
             self.done.notify_all();
         }
+    }
+
+    /// Throws out what cannot be used any more, or all of it where none is wanted.
+    fn look_through(&self, state: &mut State<M::Item>, is_wanted: bool) {
+        let ready = std::mem::take(&mut state.ready);
+        let (healthy, rest): (Vec<_>, Vec<_>) = ready
+            .into_iter()
+            .partition(|item| is_wanted && self.maker.is_healthy(item));
+        state.ready = healthy.into();
+        if is_wanted {
+            state.counts.unhealthy += rest.len() as u64;
+        }
+        state.retired.extend(rest);
     }
 }
 

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rewake::fault::{Faults, Inject};
-use rewake::resource::disk::{DiskConfig, DiskError, DiskMode, DiskPool};
+use rewake::resource::disk::{
+    DiskConfig, DiskError, DiskMode, DiskPool, DiskStock, DiskStockOptions,
+};
 use rustix::io::Errno;
 
 use super::disklab::{
@@ -72,6 +74,20 @@ fn child_that_works_with_a_disk() {
             let to = dir.join("flat.raw");
             pool.flatten(&disk, &to, &mut |_| {}, soon()).unwrap();
         }
+        "take" => {
+            let options = DiskStockOptions {
+                target: 1,
+                // What comes after the one is not to be seen.
+                refill_interval_ms: 100,
+                ..DiskStockOptions::default()
+            };
+            let stock = DiskStock::open(Arc::new(pool), &dir.join("stock"), options).unwrap();
+            let (base, mode) = (dir.join("base.raw"), DiskMode::Only(kind));
+            stock.keep(&base, mode).unwrap();
+            assert!(stock.wait_settled(soon()));
+            let disk = stock.take(&id, &base, &disks, mode).unwrap();
+            std::mem::forget((disk.unwrap(), stock));
+        }
         "retire" => {
             let disk = careful.attach(&id, &disks, soon()).unwrap();
             pool.retire(disk, soon()).unwrap();
@@ -111,12 +127,16 @@ fn dies(lab: &Lab, work: &str, step: usize) -> bool {
 
 /// Removes what is there, as a recovery does which knows the name only.
 fn recover(lab: &Lab, pool: &DiskPool, case: &str) {
+    forget(lab, pool, case);
+    lab.assert_clean(case);
+}
+
+fn forget(lab: &Lab, pool: &DiskPool, case: &str) {
     match pool.remove_by_id(&lab.id("a"), &lab.disks(), false, soon()) {
         Ok(()) => {}
         Err(failure) if matches!(failure.source, DiskError::Missing { .. }) => {}
         Err(failure) => panic!("{case}: {}", chain(&failure)),
     }
-    lab.assert_clean(case);
 }
 
 fn survives_every_crash(lab: &Lab) {
@@ -176,6 +196,36 @@ fn survives_every_crash(lab: &Lab) {
                 assert!(step > 0, "the shim sees every step");
                 break;
             }
+        }
+    }
+    for step in 0.. {
+        let crashed = dies(lab, "take", step);
+        let case = format!("take: died after step {step}");
+        match pool.attach(&id, &lab.disks(), soon()) {
+            Ok(disk) => assert_same(&read_all(disk.path()), &image, &case),
+            Err(failure) => assert!(
+                crashed && failure.leftovers.is_empty(),
+                "{case}: {}",
+                chain(&failure)
+            ),
+        }
+        // In whatever order its places are looked at.
+        let sweep = || {
+            let swept = DiskStock::sweep(&pool, &lab.stock(), soon()).unwrap();
+            assert!(swept.in_use.is_empty(), "{case}: {swept:?}");
+            assert!(swept.stuck.is_empty(), "{case}: {swept:?}");
+        };
+        if step % 2 == 0 {
+            sweep();
+        }
+        forget(lab, &pool, &case);
+        sweep();
+        let empty = std::fs::read_dir(lab.stock()).is_ok_and(|it| it.count() == 0);
+        assert!(empty, "{case}: {:?}", lab.census());
+        lab.assert_clean(&case);
+        if !crashed {
+            assert!(step > 10, "the shim sees every step");
+            break;
         }
     }
     // What was not finished is in nobody's way.

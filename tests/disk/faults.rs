@@ -22,6 +22,7 @@ pub(super) fn survives_every_fault(lab: &Lab) {
     for late in [false, true] {
         bench.create(late);
         bench.attach(late);
+        bench.rename(late);
         bench.flatten(late);
         bench.look(late);
         for way in [Way::Remove, Way::Retire, Way::RemoveById, Way::RemoveAll] {
@@ -145,6 +146,29 @@ impl<'l> Bench<'l> {
                 assert!(target > 4, "the shim sees every step");
                 break;
             }
+        }
+    }
+
+    /// A disk that cannot be made another's is gone, all of it.
+    fn rename(&self, late: bool) {
+        let (to, dir) = (self.lab.id("other"), self.lab.disks());
+        for target in 0.. {
+            let (disk, written) = self.written();
+            self.injector.arm(target, late);
+            let outcome = self.pool.rename(disk, &to, &dir);
+            let Some(step) = self.injector.disarm() else {
+                assert!(target > 1, "the shim sees every step");
+                let disk = outcome.unwrap();
+                assert_same(&read_all(disk.path()), &written, "renamed");
+                self.pool.remove(disk, false, soon()).unwrap();
+                self.assert_alone("renamed");
+                break;
+            };
+            let case = format!("rename, late: {late}, {target}: {step}");
+            let failure = outcome.expect_err(&case);
+            assert!(chain(&failure).contains(&step), "{case}: {failure}");
+            assert!(failure.leftovers.is_empty(), "{case}: {failure}");
+            self.assert_alone(&case);
         }
     }
 

@@ -211,6 +211,11 @@ impl Lab {
         self.dir.join("disks")
     }
 
+    /// Where disks are kept ready.
+    pub fn stock(&self) -> PathBuf {
+        self.dir.join("stock")
+    }
+
     pub fn id(&self, name: &str) -> SandboxId {
         SandboxId::new(format!("{}-{name}", self.prefix)).unwrap()
     }
@@ -243,15 +248,25 @@ impl Lab {
             {
                 found.insert(format!("{name}: {}", file.trim()));
             }
+            // Disks that are nobody's yet have names of their own.
+            let stands_on_ours = || {
+                let slaves = fs::read_dir(entry.path().join("slaves"));
+                slaves.into_iter().flatten().flatten().any(|it| {
+                    fs::read_to_string(it.path().join("loop/backing_file"))
+                        .is_ok_and(|file| Path::new(file.trim()).starts_with(&self.dir))
+                })
+            };
             if let Ok(mapped) = read("dm/name")
-                && mapped.starts_with(&format!("rewake-{}", self.prefix))
+                && (mapped.starts_with(&format!("rewake-{}", self.prefix)) || stands_on_ours())
             {
                 found.insert(format!("{name}: {}", mapped.trim()));
             }
         }
-        for dir in [self.disks(), self.dir.join("run/nodes")] {
+        let mut dirs = vec![self.disks(), self.dir.join("run/nodes"), self.stock()];
+        while let Some(dir) = dirs.pop() {
             for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
                 found.insert(entry.path().display().to_string());
+                dirs.push(entry.path());
             }
         }
         found

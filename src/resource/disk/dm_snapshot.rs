@@ -54,6 +54,12 @@ pub(super) fn uuid(store: &File, path: &Path) -> Result<String, DiskError> {
     Ok(format!("{UUID_PREFIX}{:x}-{:x}", found.dev(), found.ino()))
 }
 
+/// A name for a disk's device, made for this one time.
+pub(super) fn name_of(id: &SandboxId) -> String {
+    let random = uuid::Uuid::new_v4().simple().to_string();
+    format!("{NAME_PREFIX}{id}-{}", &random[..8])
+}
+
 /// Refuses a store that the kernel would take for something else: it silently starts anew
 /// on a store whose header it does not know.
 pub(super) fn check_store(
@@ -152,8 +158,7 @@ impl DiskPool {
         deadline: Deadline,
     ) -> Result<Mapping, DiskError> {
         let control = self.control()?;
-        let random = uuid::Uuid::new_v4().simple().to_string();
-        let name = format!("{NAME_PREFIX}{id}-{}", &random[..8]);
+        let name = name_of(id);
         // Both stay open until the mapping holds them.
         let origin = base_loop::share(base, &self.config.runtime_dir, &self.faults, deadline)?;
         let cow = call(&self.faults, "bind the store to a loop device", || {

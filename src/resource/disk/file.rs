@@ -155,6 +155,25 @@ fn rename_new(from: &Path, to: &Path) -> Result<bool, CallError> {
     }
 }
 
+/// Gives a file another name in the same file system, and never replaces another file.
+pub(super) fn rename(from: &Path, to: &Path, faults: &Faults) -> Result<(), DiskError> {
+    let step = format!("rename {} to {}", from.display(), to.display());
+    let renamed = call(faults, step, || {
+        if rename_new(from, to)? {
+            return Ok(());
+        }
+        rustix::fs::unlinkat(CWD, from, AtFlags::empty()).named("unlinkat")
+    });
+    match renamed {
+        Err(error) if error.errno() == Some(Errno::EXIST.raw_os_error()) => {
+            Err(DiskError::Occupied {
+                path: to.to_owned(),
+            })
+        }
+        other => other,
+    }
+}
+
 fn part_of(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default();
     path.with_file_name(format!(".{}.part", name.display()))

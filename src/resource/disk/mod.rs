@@ -30,8 +30,10 @@ mod in_use;
 mod pressure;
 mod record;
 mod remove;
+mod rename;
 mod show;
 mod step;
+mod stock;
 mod sync;
 mod watch;
 
@@ -61,6 +63,7 @@ pub use pressure::{CowStatus, PressureWatch, StoreState, Thresholds};
 pub use record::{BaseIdentity, DiskRecord};
 pub use show::DiskInfo;
 pub use step::DiskStep;
+pub use stock::{DiskStock, DiskStockOptions, DiskStockStats, StockSweep};
 pub use watch::{DiskEvent, DiskWatch, WatchOptions};
 
 /// Rolling back has a budget of its own: the caller's may be used up.

@@ -80,7 +80,12 @@ impl Thresholds {
 /// What the snapshot target says (`snapshot_status`, drivers/md/dm-snap.c).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SnapshotWords {
-    Usage { used: Sectors, total: Sectors },
+    /// `own` is what its bookkeeping takes of what is used; Linux says so since 2.6.35.
+    Usage {
+        used: Sectors,
+        total: Sectors,
+        own: Option<Sectors>,
+    },
     Overflowed,
     Invalid,
 }
@@ -89,10 +94,11 @@ pub(super) enum SnapshotWords {
 pub(super) fn parse(status: &Target) -> SnapshotWords {
     let usage = || {
         let (used, rest) = status.text.split_once('/')?;
-        let total = rest.split(' ').next()?;
+        let mut rest = rest.split(' ');
         Some(SnapshotWords::Usage {
             used: Sectors(used.parse().ok()?),
-            total: Sectors(total.parse().ok()?),
+            total: Sectors(rest.next()?.parse().ok()?),
+            own: rest.next().and_then(|own| own.parse().ok()).map(Sectors),
         })
     };
     match status.text.trim() {
@@ -148,6 +154,15 @@ mod tests {
                 SnapshotWords::Usage {
                     used: Sectors(16),
                     total: Sectors(2048),
+                    own: Some(Sectors(16)),
+                },
+            ),
+            (
+                "24/2048",
+                SnapshotWords::Usage {
+                    used: Sectors(24),
+                    total: Sectors(2048),
+                    own: None,
                 },
             ),
             ("Overflow", SnapshotWords::Overflowed),

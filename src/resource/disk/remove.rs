@@ -180,6 +180,24 @@ impl DiskPool {
         outcome
     }
 
+    /// [`DiskPool::remove_by_id`] also where there is no record whose lock says whether anybody
+    /// works with the disk. The caller knows that nobody does.
+    pub(super) fn remove_stray(
+        &self,
+        id: &SandboxId,
+        dir: &Path,
+        deadline: Deadline,
+    ) -> Result<(), DiskFailure> {
+        let failure = match self.remove_by_id(id, dir, false, deadline) {
+            Err(failure) if matches!(failure.source, DiskError::Missing { .. }) => failure,
+            other => return other,
+        };
+        let (steps, store) = self
+            .all_of(id, dir)
+            .map_err(|source| DiskFailure { source, ..failure })?;
+        self.remove_steps(id, None, steps, false, &store, deadline)
+    }
+
     /// What is left of a disk whose record had not reached the host's disk when that lost its
     /// power: any of its files.
     fn torn(
@@ -191,10 +209,17 @@ impl DiskPool {
         log::warn!("{} cannot be read: its disk is removed", path.display());
         let lock = Lock(file::open(&path, false, &self.faults)?);
         record::lock(&lock.0, id, &self.faults)?;
+        let (steps, store) = self.all_of(id, dir)?;
+        Ok((None, lock, steps, store))
+    }
+
+    /// Whatever there is by the name of a disk of which nothing is known, and where its store
+    /// would be.
+    fn all_of(&self, id: &SandboxId, dir: &Path) -> Result<(Vec<DiskStep>, PathBuf), DiskError> {
         let mut steps = self.files(&DiskRecord::files(id, dir))?;
         let store = dir.join(format!("{id}.cow"));
         steps.extend(self.attached_steps(&store)?);
-        Ok((None, lock, steps, store))
+        Ok((steps, store))
     }
 
     fn remove_steps(

@@ -98,7 +98,7 @@ impl DiskPool {
             state,
         };
         Ok(match targets.first().map(pressure::parse) {
-            Some(SnapshotWords::Usage { used, total }) => judged(
+            Some(SnapshotWords::Usage { used, total, .. }) => judged(
                 used.bytes().unwrap_or(Bytes(u64::MAX)),
                 total.bytes().unwrap_or(Bytes(u64::MAX)),
             ),

@@ -74,7 +74,21 @@ impl DiskStep {
         self.undo_with(None, &Faults::NONE, deadline)
     }
 
-    /// The same through a control device that is open already.
+    /// Whether a file or node is there, and ours. Of a device only the kernel can tell.
+    pub(super) fn is_in_place(&self) -> bool {
+        let found = |path: &Path| std::fs::symlink_metadata(path).ok();
+        match self {
+            Self::File {
+                path,
+                device,
+                inode,
+            } => found(path).is_some_and(|it| (it.dev(), it.ino()) == (*device, *inode)),
+            Self::Node { path, device } => found(path).is_some_and(|it| it.rdev() == *device),
+            Self::Mapping { .. } => true,
+        }
+    }
+
+    /// [`DiskStep::undo`] through a control device that is open already.
     pub(super) fn undo_with(
         &self,
         control: Option<&Result<Control, CallError>>,

@@ -5,11 +5,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::FlockOperation;
-use rustix::io::Errno;
-
 use super::{CLAIM, NAME};
 use crate::deadline::Deadline;
+use crate::resource::claim::is_locked;
 use crate::resource::ledger::{Leftover, Step};
 use crate::restore::VmDir;
 use crate::vmm::orphan;
@@ -108,14 +106,5 @@ fn open_claim(vm_dir: &Path) -> io::Result<Option<File>> {
         Ok(file) => Ok(Some(file)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
-    }
-}
-
-/// Takes the lock where nobody has it, and says whether somebody has.
-fn is_locked(claim: &File) -> io::Result<bool> {
-    match rustix::fs::flock(claim, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(false),
-        Err(Errno::WOULDBLOCK) => Ok(true),
-        Err(errno) => Err(errno.into()),
     }
 }
