@@ -96,6 +96,7 @@ fn vm_build_launch_write_pause_resume_snapshot_launch_destroy() {
     let mut config = HostConfig::new(scratch.join("root"));
     config.vmm.program = machine::vmm_path();
     config.disk_mode = DiskMode::Only(DiskKind::DmSnapshot);
+    config.disk_stock.target = 1;
     config.patience = Duration::from_secs(400);
     let host = done(Host::open(config));
     done(host.recover(soon()));
@@ -116,8 +117,15 @@ fn vm_build_launch_write_pause_resume_snapshot_launch_destroy() {
     let untouched = [template.memory_image(), template.disk().unwrap()].map(|it| sums(&it));
     let before = census();
 
-    let mut first = done(host.launch(&template, LaunchOptions::default()));
-    let second = done(host.launch(&template, LaunchOptions::default()));
+    // Both get disks that were ready.
+    done(host.keep_ready(&template));
+    let stock = host.disk_stock().unwrap();
+    let launch = || {
+        assert!(stock.wait_settled(soon()), "{:?}", stock.stats());
+        done(host.launch(&template, LaunchOptions::default()))
+    };
+    let (mut first, second) = (launch(), launch());
+    assert_eq!(stock.stats().taken, 2);
     assert_eq!(mode(&first), "map");
     assert_ne!(first.host_ip(), second.host_ip());
     let (nonce, mut count) = with_guest(&first, |guest| (guest.nonce(), guest.counter()));
@@ -162,10 +170,14 @@ fn vm_build_launch_write_pause_resume_snapshot_launch_destroy() {
     for sandbox in [first, second, third] {
         done(sandbox.destroy());
     }
-    assert_eq!(census(), before);
     let now = [template.memory_image(), template.disk().unwrap()].map(|it| sums(&it));
     assert_eq!(now, untouched, "the template");
+    // That disks are ready of them keeps no template.
+    assert!(stock.wait_settled(soon()), "{:?}", stock.stats());
+    assert_eq!((stock.stats().images, stock.stats().ready), (2, 2));
     for template in [template, warm] {
         host.templates().remove(template.id(), soon()).unwrap();
     }
+    drop((host, other));
+    assert_eq!(census(), before);
 }

@@ -28,7 +28,7 @@ pub use watch::Watch;
 
 use crate::deadline::Deadline;
 use crate::ids::{SandboxId, TemplateId};
-use crate::resource::disk::Progress;
+use crate::resource::disk::{DiskStock, Progress};
 use crate::restore::kit::KitPool;
 use crate::sandbox::{self, Context, Source};
 use crate::template::{
@@ -110,6 +110,32 @@ impl Host {
     #[must_use]
     pub fn kits(&self) -> Option<&KitPool> {
         self.ctx.kits.get()
+    }
+
+    /// The disks that it keeps ready for launches; `None` where it was set up to keep none, or
+    /// has not made anything yet.
+    #[must_use]
+    pub fn disk_stock(&self) -> Option<&DiskStock> {
+        self.ctx.disk_stock.get()
+    }
+
+    /// Begins to keep disks ready for launches from a template, as many as
+    /// [`HostConfig::disk_stock`] says; otherwise its first launch begins with that. Does not
+    /// wait for them.
+    ///
+    /// # Errors
+    /// As [`Host::ready`], and where no thread can be started.
+    pub fn keep_ready(&self, template: &Template) -> Result<(), Error> {
+        self.ready(Deadline::NEVER)?;
+        let (Some(stock), Some(image)) = (self.disk_stock(), template.disk()) else {
+            return Ok(());
+        };
+        let mode = self.ctx.config.disk_mode;
+        stock.keep(&image, mode).map_err(|source| {
+            let what = "keep disks ready of";
+            let path = image.clone();
+            Error::of_host(Operation::Open, Cause::File { what, path, source })
+        })
     }
 
     /// Its templates.

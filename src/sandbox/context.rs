@@ -1,7 +1,8 @@
 //! What all sandboxes of one root share: network, disks, settings.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use crate::deadline::Deadline;
 use crate::envd::{self, hedge::Hedge};
 use crate::fault::Faults;
 use crate::plan::{MemoryMode, MemoryPolicy};
-use crate::resource::disk::{DiskConfig, DiskMode, DiskPool};
+use crate::resource::disk::{DiskConfig, DiskMode, DiskPool, DiskStock, DiskStockOptions};
 use crate::resource::net::{HostNet, NetConfig, NetError, PoolOptions, SlotPool};
 use crate::restore::Budgets;
 use crate::restore::kit::{KitPool, KitPoolOptions, Places};
@@ -46,6 +47,9 @@ pub struct HostConfig {
     pub disk: DiskConfig,
     /// Which kind of disk.
     pub disk_mode: DiskMode,
+    /// Disks prepared in advance, for launches: from the second on of each template, or from
+    /// the first with [`Host::keep_ready`](crate::host::Host::keep_ready).
+    pub disk_stock: DiskStockOptions,
     /// When a paused sandbox counts as safe.
     pub durability: Durability,
     /// What is admitted.
@@ -85,6 +89,7 @@ impl HostConfig {
             kits: KitPoolOptions::default(),
             disk: DiskConfig::default(),
             disk_mode: DiskMode::Auto,
+            disk_stock: DiskStockOptions::default(),
             durability: Durability::default(),
             limits: Limits::default(),
             guest_port: envd::PORT,
@@ -115,6 +120,8 @@ pub(crate) struct Context {
     pub(crate) pool: SlotPool,
     /// Absent where none are wanted, and before anything may be made.
     pub(crate) kits: OnceLock<KitPool>,
+    /// The same.
+    pub(crate) disk_stock: OnceLock<DiskStock>,
     pub(crate) admission: Admission,
     ready: OnceLock<()>,
 }
@@ -139,6 +146,7 @@ impl Context {
             net,
             pool,
             kits: OnceLock::new(),
+            disk_stock: OnceLock::new(),
             config,
             ready: OnceLock::new(),
         })
@@ -163,6 +171,12 @@ impl Context {
             let kits = kits.map_err(file("start the kits of", &self.config.root))?;
             // Of two pools that were started at once, the second one ends here.
             let _ = self.kits.set(kits);
+        }
+        if self.config.disk_stock.target > 0 && self.disk_stock.get().is_none() {
+            let home = super::dir::stock(&self.config.root);
+            let stock = open_stock(&self.config, &self.disks, &home);
+            let stock = stock.map_err(file("keep disks ready in", &home))?;
+            let _ = self.disk_stock.set(stock);
         }
         // Whoever came second did the same.
         let _ = self.ready.set(());
@@ -216,6 +230,20 @@ fn start_kits(config: &HostConfig, net: &Arc<HostNet>) -> std::io::Result<KitPoo
     };
     let runtime_dir = config.runtime_dir.clone();
     KitPool::start(config.vmm.clone(), runtime_dir, places, config.kits)
+}
+
+/// A disk is handed out by giving it another name, which cannot be in another file system.
+fn open_stock(
+    config: &HostConfig,
+    disks: &Arc<DiskPool>,
+    home: &Path,
+) -> std::io::Result<DiskStock> {
+    let stock = DiskStock::open(Arc::clone(disks), home, config.disk_stock)?;
+    let device = |path: &Path| std::fs::metadata(path).map(|it| it.dev());
+    if device(home)? != device(&super::dir::all(&config.root))? {
+        return Err(std::io::ErrorKind::CrossesDevices.into());
+    }
+    Ok(stock)
 }
 
 fn open_net(config: &HostConfig) -> Result<HostNet, NetError> {

@@ -27,6 +27,7 @@ use crate::ids::SandboxId;
 
 /// Beneath the root.
 const SANDBOXES: &str = "sandboxes";
+const STOCK: &str = "disks";
 /// What directories are called that have no name yet, and no name any more.
 const UNNAMED: [&str; 2] = [".new-", ".gone-"];
 
@@ -34,6 +35,12 @@ const UNNAMED: [&str; 2] = [".new-", ".gone-"];
 #[must_use]
 pub(crate) fn all(root: &Path) -> PathBuf {
     root.join(SANDBOXES)
+}
+
+/// Where disks are kept ready for sandboxes that are to come.
+#[must_use]
+pub(crate) fn stock(root: &Path) -> PathBuf {
+    root.join(STOCK)
 }
 
 /// The directory of one sandbox.

@@ -175,13 +175,21 @@ fn acquire(
     let (id, disks) = (making.hold.id.clone(), making.hold.dir.disk());
     let deadline = making.deadline;
     let mode = options.disk_mode.unwrap_or(ctx.config.disk_mode);
-    let make_disk = |base: &PathBuf| ctx.disks.create(&id, base, &disks, mode, deadline);
-    let base = source.base.as_ref();
+    if let (Some(base), Some(stock)) = (&source.base, ctx.disk_stock.get()) {
+        let ready = stock.take(&id, base, &disks, mode);
+        making.put_disk(ready.map_err(|failure| Cause::Disk {
+            what: "take over",
+            source: Box::new(failure),
+        })?);
+    }
+    let base = source.base.as_deref();
+    let base = base.filter(|_| making.disk().is_none());
+    let make_disk = base.map(|base| || ctx.disks.create(&id, base, &disks, mode, deadline));
     // A process that runs already cannot be given a mount namespace.
     let may_be_warm = source.sandbox_dir.is_none();
     making.acquire(
         || slot(ctx, &id, options.slot, may_be_warm, deadline).map(Some),
-        base.map(|base| || make_disk(base)),
+        make_disk,
         "make",
     )?;
     let mut status = making.hold.status();

@@ -82,6 +82,14 @@ impl Making {
         }
     }
 
+    /// A disk that was ready, if one was.
+    pub(crate) fn put_disk(&mut self, disk: Option<Disk>) {
+        self.disk = disk;
+        if self.disk.is_some() {
+            self.timeline.mark(Phase::DiskAcquired);
+        }
+    }
+
     /// Acquires slot and disk, neither waiting for the other, nor for a slot that has to be
     /// built. What one has got is taken over
     /// before the other's failure is looked at: all that was made is undone.

@@ -26,6 +26,7 @@ use crate::deadline::Deadline;
 use crate::envd::init::Init;
 use crate::ids::SandboxId;
 use crate::plan::MemoryMode;
+use crate::resource::disk::DiskStock;
 use crate::resource::ledger::Step;
 use crate::resource::slot::ProcessIdentity;
 use crate::restore::kit;
@@ -431,6 +432,7 @@ fn sweep(ctx: &Arc<Context>, census: &mut Census, deadline: Deadline) -> Result<
     census
         .remains
         .extend(kits.stuck.into_iter().map(Remains::Step));
+    sweep_stock(ctx, census, deadline)?;
     let found = orphan::list(runtime_dir);
     let mut known = known_vm_dirs(ctx);
     known.extend(kits.in_use);
@@ -451,6 +453,24 @@ fn sweep(ctx: &Arc<Context>, census: &mut Census, deadline: Deadline) -> Result<
     census
         .remains
         .extend(report.stuck.into_iter().map(Remains::Slot));
+    Ok(())
+}
+
+/// Removes the disks that somebody kept ready who has died.
+fn sweep_stock(ctx: &Context, census: &mut Census, deadline: Deadline) -> Result<(), Error> {
+    let home = dir::stock(&ctx.config.root);
+    let swept = DiskStock::sweep(&ctx.disks, &home, deadline).map_err(|error| {
+        Error::of_host(
+            Operation::Recover,
+            file("list the prepared disks in", &home)(error),
+        )
+    })?;
+    let gone = swept.reclaimed.iter();
+    census
+        .swept
+        .extend(gone.map(|id| format!("prepared disk {id}")));
+    let stuck = swept.stuck.into_iter().map(Box::new);
+    census.remains.extend(stuck.map(Remains::Disk));
     Ok(())
 }
 

@@ -17,7 +17,7 @@ use super::{journal, lock};
 use crate::deadline::Deadline;
 use crate::fault::Faults;
 use crate::ids::TemplateId;
-use crate::resource::disk::{DiskConfig, DiskError, DiskPool, DiskRecord};
+use crate::resource::disk::{DiskConfig, DiskError, DiskPool, DiskRecord, DiskStock};
 use crate::resource::ledger::Leftover;
 use crate::snapshot::{self, MEMORY_FILE, Reserved, ZONE_FILE};
 
@@ -25,6 +25,8 @@ use crate::snapshot::{self, MEMORY_FILE, Reserved, ZONE_FILE};
 const TEMPLATES: &str = "templates";
 /// The name of the directory of sandboxes there.
 const SANDBOXES: &str = "sandboxes";
+/// The name of the directory of disks that are nobody's yet.
+const STOCK: &str = "disks";
 /// The name of the directory of disks in a sandbox's.
 const DISKS: &str = "disk";
 /// The files that hold guest memory: a template has one of them.
@@ -39,6 +41,7 @@ const DISK_RECORD_MAX: u64 = 64 << 10;
 pub struct TemplateStore {
     templates: PathBuf,
     sandboxes: PathBuf,
+    stock: PathBuf,
     faults: Faults,
 }
 
@@ -70,6 +73,7 @@ impl TemplateStore {
         Ok(Self {
             templates,
             sandboxes: root.join(SANDBOXES),
+            stock: root.join(STOCK),
             faults,
         })
     }
@@ -273,6 +277,10 @@ impl TemplateStore {
                 }
             }
         }
+        // Disks that are kept ready are nobody's yet: whoever keeps them sees that the image
+        // is gone, and removes them.
+        let ready = DiskStock::ids(&self.stock);
+        found.retain(|name| !ready.iter().any(|id| id.as_str() == name));
         found.sort_unstable();
         found.dedup();
         Ok(found)

@@ -134,7 +134,13 @@ impl Lab {
             &self.net.dir.join("run"),
         )
         .0;
-        for dir in ["root/sandboxes", "root/templates", "run/vm", "run/slots"] {
+        for dir in [
+            "root/sandboxes",
+            "root/disks",
+            "root/templates",
+            "run/vm",
+            "run/slots",
+        ] {
             let entries = fs::read_dir(self.net.dir.join(dir)).into_iter().flatten();
             for entry in entries.flatten() {
                 let name = entry.file_name().to_string_lossy().into_owned();

@@ -15,5 +15,6 @@ mod many;
 mod own_memory;
 mod real;
 mod reboot;
+mod stocked;
 mod story;
 mod warm;
