@@ -47,7 +47,7 @@ pub(super) fn template(args: &BenchArgs, stage: &Stage, name: &str) -> Result<Te
         template: &template,
         mode: MemoryMode::Copy,
         disk: args.disk.mode().unwrap_or_default(),
-        kits: None,
+        pools: None,
         writes: true,
     };
     // The conventional way needs memory that Cloud Hypervisor wrote itself: it would write to

@@ -215,7 +215,7 @@ fn theirs(stage: &Stage, template: &Template, disk: Option<DiskMode>) -> Outcome
         template,
         mode: MemoryMode::Copy,
         disk: disk.unwrap_or_default(),
-        kits: None,
+        pools: None,
         writes: true,
     };
     let mut story = Vec::new();

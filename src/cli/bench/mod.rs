@@ -15,6 +15,7 @@ mod html;
 mod life;
 mod matrix;
 mod plot;
+mod pools;
 mod record;
 mod run;
 mod stage;
@@ -45,7 +46,7 @@ pub(super) struct BenchArgs {
     /// What disk each guest gets
     #[arg(long, value_enum, default_value_t = DiskChoice::Auto)]
     disk: DiskChoice,
-    /// Slots made and Cloud Hypervisors started in advance, or not; one variant each
+    /// Slots and disks made and Cloud Hypervisors started in advance, or not; one variant each
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["off", "on"])]
     pools: Vec<Switch>,
     /// Memory of the guest in MiB, one variant each

@@ -3,20 +3,19 @@
 use std::fs::File;
 use std::io::{self, BufWriter, Write as _};
 use std::os::fd::AsFd;
-use std::sync::{Arc, Barrier};
+use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use rewake::deadline::Deadline;
 use rewake::plan::MemoryMode;
-use rewake::restore::kit::{KitPool, KitPoolOptions, Places};
 use rewake::template::Template as HostTemplate;
 use rewake::timeline::Timeline;
 use rewake::trace::Trace;
 
 use super::apart::{self, Place};
-use super::arms::{Arm, Job, Launched, millis, ours};
+use super::arms::{Arm, Job, Launched, millis};
 use super::house::House;
 use super::matrix::{self, Entry};
+use super::pools::Pools;
 use super::record::{self, Line, Machine, Sample};
 use super::stage::{Actor, Stage, Template};
 use super::stats::Random;
@@ -27,8 +26,6 @@ use crate::cli::{Failure, Global};
 /// What the times are.
 pub(super) const SAYS: &str =
     "Milliseconds; launch and resume until the agent has taken /init, all else until it is done";
-/// How long a pool may take to fill.
-const FILL_BUDGET: Duration = Duration::from_secs(120);
 
 /// Undoing has left something behind, or could not be done.
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +67,7 @@ struct Scene<'a> {
     templates: Vec<Template>,
     /// For what begins with a sandbox: a host, and its template for each of those above.
     house: Option<(&'a House, Vec<HostTemplate>)>,
-    kits: Option<KitPool>,
+    pools: Option<Pools>,
 }
 
 fn measure(args: &BenchArgs, global: Global, stage: &Stage) -> Result<Vec<Line>, Failure> {
@@ -79,12 +76,9 @@ fn measure(args: &BenchArgs, global: Global, stage: &Stage) -> Result<Vec<Line>,
     let house = house.transpose()?;
     let lines = set(args, stage, house.as_ref()).and_then(|scene| {
         let lines = rounds(args, global, &scene);
-        if let Some(kits) = scene.kits {
-            say_cost(&kits, global);
-            let left = kits.close(Deadline::after(FILL_BUDGET));
-            if !left.is_empty() {
-                return Err(LeftOver(left.join(", ")).into());
-            }
+        if let Some(pools) = scene.pools {
+            pools.say_cost(global);
+            pools.close()?;
         }
         lines
     });
@@ -122,7 +116,9 @@ fn set<'a>(
     Ok(Scene {
         stage,
         house,
-        kits: warm.then(|| kits(stage, most)).transpose()?,
+        pools: warm
+            .then(|| Pools::start(stage, most, templates.len()))
+            .transpose()?,
         templates,
     })
 }
@@ -184,17 +180,15 @@ fn turn_of(scene: &Scene<'_>, entry: &Entry) -> Result<Vec<Outcome>, Failure> {
         stage,
         templates,
         house,
-        kits,
+        pools,
     } = scene;
-    if let Some(kits) = kits {
+    if let Some(pools) = pools {
         // Also before the turns of others: nobody shall be measured beside a filling pool.
-        if !kits.wait_settled(Deadline::after(FILL_BUDGET)) {
-            return Err(LeftOver("a pool that does not fill".to_owned()).into());
-        }
+        pools.settle()?;
     }
     let template = &templates[entry.template];
     match (entry.operation, house) {
-        (Operation::Launch, _) => launches(stage, template, kits.as_ref(), entry),
+        (Operation::Launch, _) => launches(stage, template, pools.as_ref(), entry),
         (_, Some((house, ours))) => {
             let place = Place {
                 stage,
@@ -227,25 +221,6 @@ fn create(path: &std::path::PathBuf) -> Result<BufWriter<File>, WriteError> {
         source,
     })?;
     Ok(BufWriter::new(file))
-}
-
-/// Kits for `most` launches at once. There is one more: of a pool that is empty, the next one
-/// is started at once, and nobody shall be measured beside that.
-fn kits(stage: &Stage, most: usize) -> Result<KitPool, Failure> {
-    let places = Places::Slots {
-        host: Arc::clone(&stage.net),
-        pool: None,
-    };
-    let options = KitPoolOptions {
-        target: most + 1,
-        ..KitPoolOptions::default()
-    };
-    Ok(KitPool::start(
-        stage.actor.spec.clone(),
-        ours::run_dir(stage),
-        places,
-        options,
-    )?)
 }
 
 /// What became of one guest.
@@ -281,7 +256,7 @@ pub(super) fn at_once<J: Send, T: Send>(
 fn launches(
     stage: &Stage,
     template: &Template,
-    kits: Option<&KitPool>,
+    pools: Option<&Pools>,
     entry: &Entry,
 ) -> Result<Vec<Outcome>, Failure> {
     let fresh = match entry.age {
@@ -293,12 +268,16 @@ fn launches(
         None => None,
     };
     let template = fresh.as_ref().unwrap_or(template);
+    let pools = pools.filter(|_| matches!(entry.arm, Arm::Ours { pools: true }));
+    if let Some(pools) = pools {
+        pools.prepare(template, entry.disk)?;
+    }
     let job = Job {
         stage,
         template,
         mode: entry.mode,
         disk: entry.disk,
-        kits: kits.filter(|_| matches!(entry.arm, Arm::Ours { pools: true })),
+        pools,
         writes: false,
     };
     let count = entry.variant.concurrency;
@@ -377,15 +356,6 @@ pub(super) fn words(failure: &Failure) -> String {
         return "something is missing".to_owned();
     };
     report::words(&**error)
-}
-
-fn say_cost(kits: &KitPool, global: Global) {
-    let stats = kits.stats();
-    if global.json || stats.ready == 0 {
-        return;
-    }
-    let mib = stats.private_memory.0 as f64 / f64::from(1 << 20) / stats.ready as f64;
-    println!("A process that waits in the pool has {mib:.1} MiB of its own.");
 }
 
 fn tell(args: &BenchArgs, global: Global, lines: &[Line]) -> Result<(), Failure> {

@@ -163,7 +163,7 @@ pub(super) struct Stage {
     pub(super) run: PathBuf,
     pub(super) actor: Actor,
     pub(super) net: Arc<HostNet>,
-    pub(super) disks: DiskPool,
+    pub(super) disks: Arc<DiskPool>,
     host: OwnedFd,
     ledger: Ledger,
     /// Images that the conventional way has bound to loop devices, which it leaves bound.
@@ -199,7 +199,7 @@ impl Stage {
             ..DiskConfig::default()
         };
         let stage = Self {
-            disks: DiskPool::open(disks, Faults::default()),
+            disks: Arc::new(DiskPool::open(disks, Faults::default())),
             net: Arc::new(net),
             dir,
             run,

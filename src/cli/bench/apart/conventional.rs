@@ -29,7 +29,7 @@ pub(super) fn begin<'a>(place: Place<'a>, entry: &Entry) -> Result<Theirs<'a>, F
         template: place.plain,
         mode: MemoryMode::Copy,
         disk: entry.disk,
-        kits: None,
+        pools: None,
         writes: true,
     };
     Ok(Theirs {

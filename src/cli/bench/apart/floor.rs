@@ -61,7 +61,7 @@ impl Least<'_> {
             template,
             mode,
             disk: self.disk,
-            kits: None,
+            pools: None,
             writes: self.operation == Operation::Pause,
         }
     }

@@ -16,11 +16,11 @@ use rewake::memory;
 use rewake::plan::MemoryMode;
 use rewake::resource::disk::{Disk, DiskMode};
 use rewake::resource::net::Slot;
-use rewake::restore::kit::KitPool;
 use rewake::timeline::Timeline;
 use rewake::vmm::api::{Features, Version};
 use rewake::vmm::launch::LaunchSpec;
 
+use super::pools::Pools;
 use super::stage::{Stage, StageError, Template};
 use crate::cli::Failure;
 
@@ -63,8 +63,8 @@ pub(super) struct Job<'a> {
     pub(super) template: &'a Template,
     pub(super) mode: MemoryMode,
     pub(super) disk: DiskMode,
-    /// Where ours take their processes from.
-    pub(super) kits: Option<&'a KitPool>,
+    /// Where ours take what is ready.
+    pub(super) pools: Option<&'a Pools>,
     /// Whether the guest will be frozen.
     pub(super) writes: bool,
 }
@@ -165,10 +165,15 @@ fn make_disk(job: &Job<'_>, id: &SandboxId) -> Result<Option<Disk>, Failure> {
     };
     let dir = job.stage.dir.join(format!("disk-{id}"));
     std::fs::create_dir(&dir)?;
-    let deadline = Deadline::after(BUDGET);
-    Ok(Some(
-        job.stage.disks.create(id, base, &dir, job.disk, deadline)?,
-    ))
+    let made = match job.pools {
+        Some(pools) => pools.disk(id, base, &dir, job.disk),
+        None => {
+            let deadline = Deadline::after(BUDGET);
+            let disk = job.stage.disks.create(id, base, &dir, job.disk, deadline);
+            disk.map_err(Failure::from)
+        }
+    };
+    made.map(Some)
 }
 
 fn remove_disk(stage: &Stage, disk: Option<Disk>) -> Option<String> {

@@ -160,25 +160,18 @@ impl Place {
 }
 
 fn acquire(job: &Job<'_>, id: &SandboxId) -> Result<(Option<Kit>, Place), Failure> {
-    if let Some(kits) = job.kits {
-        if let Some(Warm {
+    if let Some(pools) = job.pools
+        && let Warm {
             kit,
             slot: Some(slot),
-        }) = kits.take(id.as_str())?
-        {
-            return Ok((Some(kit), Place::Standing(Box::new(slot))));
-        }
-        return Err(Exhausted.into());
+        } = pools.kit(id)?
+    {
+        return Ok((Some(kit), Place::Standing(Box::new(slot))));
     }
     let deadline = Deadline::after(BUDGET);
     let slot = job.stage.net.begin(id.as_str(), deadline)?;
     Ok((None, Place::Pending(Arc::new(slot))))
 }
-
-/// A warm launch that would silently have been a cold one.
-#[derive(Debug, thiserror::Error)]
-#[error("The pool had no kit ready")]
-struct Exhausted;
 
 fn spec(
     job: &Job<'_>,
