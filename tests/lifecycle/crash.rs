@@ -57,7 +57,12 @@ fn root_whatever_moment_a_host_is_killed_at_everything_is_adopted_or_reclaimed()
     let mut counters: BTreeMap<SandboxId, u64> = BTreeMap::new();
     let mut fates = BTreeMap::new();
     let mut slowest = Duration::ZERO;
-    for round in 0..kills {
+    for round in 0.. {
+        // On a busy machine hosts do not come far in their time.
+        let seen = ["adopted", "paused"].map(|fate| fates.get(fate).is_some_and(|it| *it > 0));
+        if round >= kills && (seen == [true; 2] || round >= 5 * kills) {
+            break;
+        }
         let seed = dice.roll(u64::MAX - 1) + 1;
         let moment = Duration::from_micros(50_000 + dice.roll(600_000));
         be_busy_until_killed(&lab, seed, moment);
@@ -97,7 +102,7 @@ fn root_whatever_moment_a_host_is_killed_at_everything_is_adopted_or_reclaimed()
             "round {round}: one process each, and the stranger's"
         );
     }
-    println!("{kills} kills: {fates:?}, slowest recovery {slowest:?}");
+    println!("Killed: {fates:?}, slowest recovery {slowest:?}");
     assert!(fates["adopted"] > 0 && fates["paused"] > 0);
 
     // All are the same guest's descendants, and go on.
