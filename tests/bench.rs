@@ -6,115 +6,18 @@
     reason = "a test that cannot prepare itself may panic"
 )]
 
+#[path = "support/bench_scratch.rs"]
+mod bench_scratch;
 #[path = "support/real_vmm.rs"]
 mod real_vmm;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::path::Path;
+use std::process::Command;
 
+use bench_scratch::{REWAKE, Scratch, lines, words};
 use real_vmm::RealVmm;
 use serde_json::Value;
-
-const REWAKE: &str = env!("CARGO_BIN_EXE_rewake");
-const STAND_IN: &str = env!("CARGO_BIN_EXE_rewake-sim");
-
-/// A directory in which everything of a run lies, and which must be empty after it.
-struct Scratch {
-    dir: PathBuf,
-    temporary: PathBuf,
-}
-
-impl Scratch {
-    /// `None`, said aloud, where a run cannot make its network.
-    fn new(test: &str) -> Option<Self> {
-        if !rustix::process::geteuid().is_root() {
-            eprintln!("SKIP {test}: not root");
-            return None;
-        }
-        if let Err(error) = rewake_sys::netns::run_in_new(drop) {
-            eprintln!("SKIP {test}: no network namespaces: {error}");
-            return None;
-        }
-        for program in ["ip", "iptables", "unshare", "bash"] {
-            if rewake::doctor::find_program(program).is_none() {
-                eprintln!("SKIP {test}: no {program}");
-                return None;
-            }
-        }
-        // Sockets have short paths only.
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let dir = std::env::temp_dir().join(format!("rwb-{}-{count}", std::process::id()));
-        let temporary = dir.join("t");
-        fs::create_dir_all(&temporary).unwrap();
-        Some(Self { dir, temporary })
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.join(name)
-    }
-
-    fn bench(&self, arguments: &[&str]) -> Output {
-        Command::new(REWAKE)
-            .arg("bench")
-            .args(arguments)
-            .env("TMPDIR", &self.temporary)
-            .output()
-            .unwrap()
-    }
-
-    /// A run that must come to its end; its samples.
-    fn samples(&self, name: &str, arguments: &[&str]) -> Vec<Value> {
-        let out = self.path(name);
-        let file = out.to_str().unwrap();
-        let output = self.bench(&[&["--stand-in", "--out", file], arguments].concat());
-        assert!(output.status.success(), "{}", words(&output));
-        self.assert_nothing_left();
-        lines(&out)
-    }
-
-    /// A program that plays the stand-in after doing something first.
-    fn wrapper(&self, name: &str, first: &str) -> String {
-        let path = self.path(name);
-        fs::write(
-            &path,
-            format!("#!/bin/sh\n{first}\nexec {STAND_IN} $more \"$@\"\n"),
-        )
-        .unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        path.to_str().unwrap().to_owned()
-    }
-
-    fn assert_nothing_left(&self) {
-        let left: Vec<_> = fs::read_dir(&self.temporary).unwrap().flatten().collect();
-        assert!(left.is_empty(), "{left:?}");
-        assert!(rewake::vmm::orphan::list(&self.temporary).is_empty());
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-        let ours = self.temporary.to_str().unwrap();
-        assert!(!mounts.contains(ours), "a mount is left");
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.dir);
-    }
-}
-
-fn words(output: &Output) -> String {
-    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
-    format!("{}{}", text(&output.stdout), text(&output.stderr))
-}
-
-fn lines(path: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(path).unwrap();
-    text.lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect()
-}
 
 #[test]
 fn root_a_run_beside_its_rivals_says_everywhere_that_it_was_on_the_stand_in() {

@@ -3,6 +3,7 @@
 //! The only crate with `unsafe` code. Each function names the kernel call it makes in its
 //! error ([`CallError`]); what object the call was about is for the layer above to say.
 
+pub mod contain;
 pub mod dm;
 pub mod error;
 pub mod inherited;

@@ -10,6 +10,7 @@ mod arms;
 mod chosen;
 mod compare;
 mod criterion;
+mod ground;
 mod house;
 mod html;
 mod life;
@@ -20,6 +21,7 @@ mod record;
 mod run;
 mod stage;
 mod stats;
+mod sweep;
 mod table;
 
 use std::path::PathBuf;

@@ -98,7 +98,10 @@ fn commit() -> Option<String> {
     let linked = fs::metadata(program).ok()?.modified().ok()?;
     let linked = linked.duration_since(std::time::UNIX_EPOCH).ok()?.as_secs();
     let git = |words: &[&str]| {
-        let output = Command::new("git").arg("-C").arg(tree).args(words).output();
+        // Whatever is asked for, nothing is written: a run may be killed meanwhile.
+        let mut git = Command::new("git");
+        git.arg("--no-optional-locks").arg("-C").arg(tree);
+        let output = git.args(words).output();
         let output = output.ok().filter(|output| output.status.success())?;
         Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     };

@@ -13,6 +13,7 @@ use rewake::trace::Trace;
 
 use super::apart::{self, Place};
 use super::arms::{Arm, Job, Launched, millis};
+use super::ground::Ground;
 use super::house::House;
 use super::matrix::{self, Entry};
 use super::pools::Pools;
@@ -47,7 +48,7 @@ pub(super) fn run(args: &BenchArgs, global: Global) -> Result<(), Failure> {
     if cfg!(debug_assertions) && !global.json {
         println!("This rewake is a debug build: its times say little.");
     }
-    let stage = Stage::set(actor)?;
+    let stage = Stage::set(actor, Ground::take(global)?)?;
     let measured = if args.operation == [Operation::Life] {
         life::measure(args, global, &stage)
     } else {

@@ -1,7 +1,7 @@
 //! Where a run takes place: a host of its own inside a network namespace, so that nothing of
 //! this machine's network is touched, and the templates that guests come from.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -22,7 +22,7 @@ use rewake::fault::Faults;
 use rewake::ids::{IfName, SandboxId};
 use rewake::probe_guest;
 use rewake::resource::disk::{DiskConfig, DiskPool};
-use rewake::resource::ledger::{Ledger, Step};
+use rewake::resource::ledger::Ledger;
 use rewake::resource::net::{HostNet, IfNameText, NetConfig};
 use rewake::template::Template as HostTemplate;
 use rewake::units::Bytes;
@@ -38,6 +38,7 @@ use rustix::mount::UnmountFlags;
 use serde_json::Value;
 
 use super::BenchArgs;
+use super::ground::{self, Ground};
 use crate::cli::{Failure, STAND_IN};
 
 /// The pretend uplink of the pretend host.
@@ -165,21 +166,22 @@ pub(super) struct Stage {
     pub(super) net: Arc<HostNet>,
     pub(super) disks: Arc<DiskPool>,
     host: OwnedFd,
-    ledger: Ledger,
+    /// A part of names that other runs must not have.
+    pub(super) tag: String,
+    /// Held as long as the run lives.
+    _lock: File,
     /// Images that the conventional way has bound to loop devices, which it leaves bound.
     bound: Mutex<Vec<PathBuf>>,
 }
 
 impl Stage {
-    pub(super) fn set(actor: Actor) -> Result<Self, Failure> {
-        let mut ledger = Ledger::new();
-        let name = format!("rewake-bench-{}", SandboxId::random());
-        let dir = std::env::temp_dir().join(&name);
-        let run = runtime_parent().map_or_else(|| dir.join("run"), |parent| parent.join(&name));
-        for path in [&dir, &run] {
-            ledger.push(Step::Directory { path: path.clone() });
-            fs::create_dir(path)?;
-        }
+    pub(super) fn set(actor: Actor, ground: Ground) -> Result<Self, Failure> {
+        let Ground {
+            dir,
+            run,
+            tag,
+            lock,
+        } = ground;
         let host =
             netns::run_in_new(|netns| netns).map_err(network("Cannot make a network namespace"))?;
         let uplink = ["link", "add", UPLINK, "up", "type", "veth", "peer", "up1"];
@@ -205,7 +207,8 @@ impl Stage {
             run,
             actor,
             host,
-            ledger,
+            tag,
+            _lock: lock,
             bound: Mutex::default(),
         };
         if let Err(error) = stage.net.prepare(Deadline::after(BUDGET)) {
@@ -215,8 +218,9 @@ impl Stage {
         Ok(stage)
     }
 
-    /// Takes everything down; says what is left.
-    pub(super) fn strike(mut self) -> Vec<String> {
+    /// Takes down what it made in the kernel; says what is left. Its files are removed by
+    /// whoever waits for the run.
+    pub(super) fn strike(self) -> Vec<String> {
         let mut left = self.unbind();
         if let Err(error) = self.net.retire(Deadline::after(BUDGET)) {
             left.push(format!("the host's rules: {error}"));
@@ -224,17 +228,17 @@ impl Stage {
         // The directory of namespaces is a mount of its own, as `ip netns` makes it; where it
         // was not mounted yet there is nothing to unmount.
         let _ = rustix::mount::unmount(&self.net.config().netns_dir, UnmountFlags::DETACH);
-        let leftovers = self.ledger.unwind(Deadline::after(BUDGET));
-        left.extend(leftovers.iter().map(ToString::to_string));
         left
     }
 
     /// Notes an image that the conventional way binds, unless somebody else had.
-    pub(super) fn will_bind(&self, image: &Path) {
+    pub(super) fn will_bind(&self, image: &Path) -> io::Result<()> {
         let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
         if !bound.iter().any(|it| it == image) && loops_of(image).is_empty() {
+            ground::note_bound(&self.dir, image)?;
             bound.push(image.to_owned());
         }
+        Ok(())
     }
 
     /// Detaches what the conventional way has bound and kept; says what is left.
@@ -427,7 +431,7 @@ impl Stage {
     pub(super) fn chill(snapshot: &Path, base: Option<&Path>) -> io::Result<()> {
         let files = fs::read_dir(snapshot)?.map(|entry| entry.map(|it| it.path()));
         for path in files.chain(base.map(|base| Ok(base.to_owned()))) {
-            let file = fs::File::open(path?)?;
+            let file = File::open(path?)?;
             // Dirty pages stay.
             file.sync_all()?;
             rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
@@ -472,31 +476,12 @@ fn boot_id(agent: &Agent, deadline: Deadline) -> Result<String, Failure> {
     Ok(text.to_owned())
 }
 
-/// A place in memory for what rewake keeps in `/run`. Whoever names a directory for
-/// temporary files gets everything there.
-fn runtime_parent() -> Option<PathBuf> {
-    // `linux/magic.h`, TMPFS_MAGIC.
-    const TMPFS: i64 = 0x0102_1994;
-    if std::env::var_os("TMPDIR").is_some() {
-        return None;
-    }
-    let places = ["/run", "/dev/shm"].map(PathBuf::from).into_iter();
-    let mut usable = places.filter(|path| {
-        let in_memory = rustix::fs::statfs(path).is_ok_and(|it| it.f_type == TMPFS);
-        in_memory && rustix::fs::access(path, rustix::fs::Access::WRITE_OK).is_ok()
-    });
-    usable.next()
-}
-
 fn make_base(base: &Path) -> io::Result<()> {
     if let Some(parent) = base.parent() {
         fs::create_dir(parent)?;
     }
     fs::write(base, vec![0xa5; DISK_DATA])?;
-    fs::File::options()
-        .write(true)
-        .open(base)?
-        .set_len(DISK_BYTES)
+    File::options().write(true).open(base)?.set_len(DISK_BYTES)
 }
 
 /// Runs a program in a network namespace; its complaints are the error.

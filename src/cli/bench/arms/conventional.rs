@@ -36,6 +36,8 @@ exec ip netns exec "$3" ${6:+env "$6"} "$4" --api-socket "path=$5""#;
 const PREFIX: &str = "rwb";
 /// Indices that the conventional way uses, far from those handed out.
 const FIRST_INDEX: u16 = 20_000;
+/// As many are there, one after the other.
+const INDICES: u16 = 10_000;
 const SOCKET_POLL: Duration = Duration::from_millis(10);
 const HEALTH_TICK: Duration = Duration::from_millis(100);
 
@@ -283,10 +285,10 @@ fn make_disk(job: &Job<'_>, running: &mut Running) -> Result<(), Failure> {
             DiskMode::Auto | DiskMode::Only(DiskKind::DmSnapshot)
         )
     {
-        let name = format!("{PREFIX}-disk-{}", running.index);
+        let name = format!("{PREFIX}-{}-{}", job.stage.tag, running.index);
         let bytes = std::fs::metadata(&base)?.len().to_string();
         running.mapped = Some(name.clone());
-        job.stage.will_bind(Path::new(&base));
+        job.stage.will_bind(Path::new(&base))?;
         shell(DISK, &["create", &name, &base, &at, &bytes])?;
         let node = Path::new("/dev/mapper").join(&name);
         // Where no udev runs, nobody makes it.
@@ -356,14 +358,8 @@ fn run_here(program: &str, arguments: &[&str]) -> Result<(), StageError> {
 impl Running {
     fn new(stage: &Stage) -> Self {
         static NEXT: AtomicU16 = AtomicU16::new(0);
-        // Beside another run on this machine the names must differ: `ip netns` has one place.
-        let share = (std::process::id() % 12) as u16 * 1000;
-        // A run that was killed may have left some.
-        let index = std::iter::repeat_with(|| NEXT.fetch_add(1, Ordering::Relaxed) % 1000)
-            .map(|next| FIRST_INDEX + share + next)
-            .take(1000)
-            .find(|index| !netns::named_path(&namespace(*index)).exists())
-            .unwrap_or(FIRST_INDEX + share);
+        // Network and names are the run's own, so nobody else has any.
+        let index = FIRST_INDEX + NEXT.fetch_add(1, Ordering::Relaxed) % INDICES;
         Self {
             child: None,
             index,
