@@ -247,6 +247,26 @@ fn root_a_snapshot_grows_old_before_it_is_restored() {
     assert!(samples.iter().all(|it| it["ms"].is_f64()), "{samples:?}");
 }
 
+/// What lies in memory cannot be dropped from the page cache: a time would not be a cold one.
+#[test]
+fn root_nothing_in_memory_is_measured_as_cold() {
+    let test = "root_nothing_in_memory_is_measured_as_cold";
+    let Some(scratch) = Scratch::in_memory(test) else {
+        return;
+    };
+    let arguments = [
+        "--stand-in",
+        "--page-cache=cold",
+        "--iterations=1",
+        "--ram=32",
+    ];
+    let output = scratch.bench(&arguments);
+    assert_eq!(output.status.code(), Some(1), "{}", words(&output));
+    let text = words(&output);
+    assert!(text.contains("lies in memory and cannot be cold"), "{text}");
+    scratch.assert_nothing_left();
+}
+
 #[test]
 fn root_a_template_of_a_host_and_a_bare_snapshot_can_be_measured() {
     let test = "root_a_template_of_a_host_and_a_bare_snapshot_can_be_measured";
@@ -440,6 +460,18 @@ fn what_cannot_be_measured_is_refused_before_anything_is_made() {
         ),
         (&["--operation=life,pause"], "run them alone"),
         (&["--operation=life", "--age=3"], "leave these out"),
+        (&["--operation=life", "--concurrency=2"], "leave these out"),
+        (&["--operation=life", "--against=floor"], "leave these out"),
+        (&["--operation=life", "--trace=trace"], "leave these out"),
+        (
+            &["--out=/nowhere/samples"],
+            "no directory for /nowhere/samples",
+        ),
+        (
+            &["--html=/nowhere/report"],
+            "no directory for /nowhere/report",
+        ),
+        (&["--trace=/"], "no directory for /"),
         (&["--template=x", "--age=3"], "is as old as it is"),
     ] {
         let output = bench(&[&["--stand-in"], arguments].concat());
@@ -447,8 +479,14 @@ fn what_cannot_be_measured_is_refused_before_anything_is_made() {
         let text = words(&output);
         assert!(text.contains(says), "{arguments:?}: {text}");
     }
-    let output = bench(&["--template=x", "--ram=32"]);
-    assert_eq!(output.status.code(), Some(2), "{}", words(&output));
+    for arguments in [
+        &["--template=x", "--ram=32"][..],
+        &["--iterations=0"],
+        &["--concurrency=1,0"],
+    ] {
+        let output = bench(arguments);
+        assert_eq!(output.status.code(), Some(2), "{}", words(&output));
+    }
 }
 
 #[test]

@@ -22,6 +22,21 @@ pub(crate) struct Scratch {
 impl Scratch {
     /// `None`, said aloud, where a run cannot make its network.
     pub(crate) fn new(test: &str) -> Option<Self> {
+        Self::within(&std::env::temp_dir(), test)
+    }
+
+    /// The same on a file system in memory.
+    pub(crate) fn in_memory(test: &str) -> Option<Self> {
+        // `linux/magic.h`, TMPFS_MAGIC.
+        let shared = Path::new("/dev/shm");
+        if !rustix::fs::statfs(shared).is_ok_and(|it| it.f_type == 0x0102_1994) {
+            eprintln!("SKIP {test}: /dev/shm is not in memory");
+            return None;
+        }
+        Self::within(shared, test)
+    }
+
+    fn within(parent: &Path, test: &str) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
             eprintln!("SKIP {test}: not root");
             return None;
@@ -39,7 +54,7 @@ impl Scratch {
         // Sockets have short paths only.
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let dir = std::env::temp_dir().join(format!("rwb-{}-{count}", std::process::id()));
+        let dir = parent.join(format!("rwb-{}-{count}", std::process::id()));
         let temporary = dir.join("t");
         fs::create_dir_all(&temporary).unwrap();
         Some(Self { dir, temporary })

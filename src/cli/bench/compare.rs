@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::criterion;
-use super::record::{self, Line, Variant};
+use super::record::{self, Line, Machine, Variant};
 use super::stats::{Difference, Summary};
 use crate::cli::{Failure, Global, report};
 
@@ -71,13 +71,30 @@ pub(super) fn run(args: &CompareArgs, global: Global) -> Result<(), Failure> {
         return report::json(&serde_json::json!({
             "before": before[0].machine,
             "after": after[0].machine,
+            "differing": differences(&before[0].machine, &after[0].machine),
             "variants": verdicts.collect::<Vec<_>>(),
         }));
     }
     println!("before: {}", before[0].machine.line());
     println!("after:  {}", after[0].machine.line());
+    if let Some(what) = differences(&before[0].machine, &after[0].machine) {
+        println!("Not on the same ground, so that what moved may not be rewake: {what} differ.");
+    }
     let rows: Vec<_> = verdicts.iter().map(|it| row(&it.0, &it.1)).collect();
     report::table(&HEADER, &rows)
+}
+
+/// What else than rewake differs between two runs.
+fn differences(before: &Machine, after: &Machine) -> Option<String> {
+    let pairs = [
+        ("kernel", before.kernel != after.kernel),
+        ("processor", before.cpu != after.cpu),
+        ("number of cores", before.cores != after.cores),
+        ("Cloud Hypervisor", before.vmm != after.vmm),
+        ("kind of build", before.build != after.build),
+    ];
+    let names: Vec<_> = pairs.iter().filter(|it| it.1).map(|it| it.0).collect();
+    (!names.is_empty()).then(|| names.join(", "))
 }
 
 fn read(path: &Path) -> Result<Vec<Line>, record::ReadError> {
@@ -224,6 +241,18 @@ mod tests {
         for (_, verdict) in verdicts(&before, &before) {
             assert!(matches!(verdict, Verdict::Unchanged(_)), "{verdict:?}");
         }
+    }
+
+    #[test]
+    fn another_ground_is_told_and_another_commit_is_none() {
+        let machine = line("rewake", "v53.0", 0, None).machine;
+        let mut other = machine.clone();
+        other.commit = "def".into();
+        assert_eq!(differences(&machine, &other), None);
+        other.cpu = "another".into();
+        other.vmm = "v54.0".into();
+        let told = differences(&machine, &other);
+        assert_eq!(told.as_deref(), Some("processor, Cloud Hypervisor"));
     }
 
     #[test]

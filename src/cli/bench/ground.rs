@@ -226,14 +226,15 @@ fn hide_names() -> io::Result<()> {
     )?)
 }
 
+/// The type of file systems in memory: `linux/magic.h`, TMPFS_MAGIC.
+pub(super) const TMPFS: i64 = 0x0102_1994;
+
 /// Where directories in memory can be.
 pub(super) const IN_MEMORY: [&str; 2] = ["/run", "/dev/shm"];
 
 /// A place in memory for what rewake keeps in `/run`. Whoever names a directory for
 /// temporary files gets everything there.
 fn runtime_parent() -> Option<PathBuf> {
-    // `linux/magic.h`, TMPFS_MAGIC.
-    const TMPFS: i64 = 0x0102_1994;
     if std::env::var_os("TMPDIR").is_some() {
         return None;
     }

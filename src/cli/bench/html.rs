@@ -209,7 +209,8 @@ impl Context<'_> {
             let series: Vec<Series> = here
                 .filter_map(|(variant, samples)| {
                     let times = sorted(&times(samples));
-                    let count = times.len() as f64;
+                    // What failed was never done: its line does not come to the top.
+                    let count = samples.len() as f64;
                     let steps = times.iter().enumerate();
                     Some(Series {
                         name: format!("{} {}", variant.series(), variant.memory_mode),
@@ -325,7 +326,8 @@ impl Context<'_> {
                 } else {
                     String::new()
                 };
-                let who = format!("{operation}{} {}", family.series(), family.memory_mode);
+                let mut who = format!("{operation}{} {}", family.series(), family.memory_mode);
+                who.push_str(&family.rest());
                 series.push(Series {
                     name: format!("{who} {name}"),
                     colour: colour(family.series()),
@@ -444,6 +446,40 @@ mod tests {
             assert!(plot.contains("stand-in"), "{plot}");
         }
         assert!(page.contains("Measured on the stand-in"));
+    }
+
+    #[test]
+    fn lines_over_one_dimension_are_told_apart_by_the_others() {
+        let mut lines = lines("v53.0");
+        for mut line in lines.clone() {
+            line.variant.concurrency = 8;
+            lines.push(line);
+        }
+        let page = document(&lines);
+        let over = |label: &str| {
+            let from = page.split(&format!("<h2>Over {label}")).nth(1).unwrap();
+            from.split("</figure>").next().unwrap().to_owned()
+        };
+        let memory = over("memory");
+        assert!(memory.contains("conventional map x8 p50"), "{memory}");
+        assert!(memory.contains("conventional map p50"), "{memory}");
+        let at_once = over("guests");
+        assert!(at_once.contains("floor map 1024 MiB p99"), "{at_once}");
+    }
+
+    #[test]
+    fn what_failed_keeps_its_line_from_the_top() {
+        let times = (0..10).map(|n| line("rewake", "v53.0", n, Some(10.0 + n as f64)));
+        let mut lines: Vec<_> = times.collect();
+        let ends_at = |lines: &[Line]| {
+            let page = document(lines);
+            let points = page.split("points=\"").nth(1).unwrap().split('"').next();
+            let last = points.unwrap().split(' ').next_back().unwrap().to_owned();
+            last.split(',').nth(1).unwrap().parse::<f64>().unwrap()
+        };
+        let top = ends_at(&lines);
+        lines.extend((10..20).map(|n| line("rewake", "v53.0", n, None)));
+        assert!(ends_at(&lines) > top + 100.0, "half of them never came");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! What takes turns in a run: every combination that was asked for and has a meaning.
 
+use std::path::PathBuf;
+
 use rewake::plan::MemoryMode;
 use rewake::resource::disk::DiskMode;
 
@@ -16,13 +18,30 @@ pub(super) enum Impossible {
     #[error("Whole lives cannot be measured beside single operations: run them alone")]
     Lives,
     #[error(
-        "Whole lives have ages, modes, templates and page caches of their own: leave these out"
+        "Whole lives have ages, modes, templates and page caches of their own, are lived one at a \
+         time, and have no floor and no trace: leave these out"
     )]
     LifeOptions,
     #[error(
         "The snapshot of a chosen template is as old as it is: --age goes with --operation resume"
     )]
     AgeOfTemplate,
+}
+
+/// A result could not be written: found out before anything is measured for it.
+#[derive(Debug, thiserror::Error)]
+#[error("There is no directory for {0}")]
+pub(super) struct NoDirectory(PathBuf);
+
+/// Refuses places for results that do not exist.
+pub(super) fn check_places(args: &BenchArgs) -> Result<(), NoDirectory> {
+    for path in [&args.out, &args.html, &args.trace].into_iter().flatten() {
+        let parent = path.parent().filter(|it| !it.as_os_str().is_empty());
+        if parent.is_some_and(|it| !it.is_dir()) || path.is_dir() {
+            return Err(NoDirectory(path.clone()));
+        }
+    }
+    Ok(())
 }
 
 /// What takes turns.
@@ -48,7 +67,10 @@ pub(super) fn check(args: &BenchArgs) -> Result<(), Impossible> {
         let more = args.template.is_some()
             || !args.age.is_empty()
             || !args.memory_mode.is_empty()
-            || args.page_cache != [Cache::Warm];
+            || args.page_cache != [Cache::Warm]
+            || args.concurrency != [1]
+            || args.against.contains(&Rival::Floor)
+            || args.trace.is_some();
         return match args.operation.len() {
             1 if more => Err(Impossible::LifeOptions),
             1 => Ok(()),

@@ -72,13 +72,19 @@ pub(super) struct BenchArgs {
     #[arg(long, value_name = "SECONDS", value_delimiter = ',')]
     age: Vec<u64>,
     /// How many guests at once, one variant each
-    #[arg(long, value_name = "N", value_delimiter = ',', default_values = ["1"])]
+    #[arg(
+        long,
+        value_name = "N",
+        value_delimiter = ',',
+        default_values = ["1"],
+        value_parser = at_least_one
+    )]
     concurrency: Vec<usize>,
     /// Whether the snapshot's files are in the page cache, one variant each
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["warm"])]
     page_cache: Vec<Cache>,
     /// Rounds: every variant once in each
-    #[arg(long, value_name = "N", default_value_t = 50)]
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = at_least_one)]
     iterations: usize,
     /// Rounds before them that do not count
     #[arg(long, value_name = "N", default_value_t = 3)]
@@ -236,6 +242,13 @@ impl DiskChoice {
             Self::Copy => "copy",
             Self::None => "none",
         }
+    }
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("at least 1 is needed".to_owned()),
+        other => other.map_err(|error: std::num::ParseIntError| error.to_string()),
     }
 }
 

@@ -33,7 +33,7 @@ impl Machine {
         let model = cpu.lines().find_map(|line| line.strip_prefix("model name"));
         let model = model.unwrap_or("unknown").trim_matches(['\t', ' ', ':']);
         Self {
-            commit: commit().unwrap_or_else(|| "unknown".to_owned()),
+            commit: commit().unwrap_or_else(version),
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             cpu: model.to_owned(),
             cores: std::thread::available_parallelism().map_or(0, usize::from),
@@ -115,6 +115,11 @@ fn commit() -> Option<String> {
     })
 }
 
+/// What an installed program can tell: it is not in its tree any more.
+fn version() -> String {
+    concat!("v", env!("CARGO_PKG_VERSION"), ", commit unknown").to_owned()
+}
+
 /// What was varied.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) struct Variant {
@@ -148,26 +153,30 @@ impl Variant {
         if self.arm.is_empty() {
             return self.operation.clone();
         }
-        let mut name = format!(
-            "{} {} {} {} MiB",
-            self.operation,
-            self.series(),
-            self.memory_mode,
-            self.ram_mib
-        );
+        let (operation, series) = (&self.operation, self.series());
+        format!("{operation} {series} {}{}", self.memory_mode, self.rest())
+    }
+
+    /// The last words of its name: under which circumstances. What was forgotten, as a zero, is
+    /// left out.
+    pub(super) fn rest(&self) -> String {
+        let mut rest = String::new();
+        if self.ram_mib > 0 {
+            rest.push_str(&format!(" {} MiB", self.ram_mib));
+        }
         if self.concurrency > 1 {
-            name.push_str(&format!(" x{}", self.concurrency));
+            rest.push_str(&format!(" x{}", self.concurrency));
         }
         if self.page_cache == "cold" {
-            name.push_str(" cold-cache");
+            rest.push_str(" cold-cache");
         }
         if let Some(age) = self.age_s {
-            name.push_str(&format!(" after {age} s"));
+            rest.push_str(&format!(" after {age} s"));
         }
         if let Some(template) = &self.template {
-            name.push_str(&format!(" of {template}"));
+            rest.push_str(&format!(" of {template}"));
         }
-        name
+        rest
     }
 
     /// What is the same for everybody who is compared.

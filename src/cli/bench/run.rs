@@ -40,6 +40,7 @@ struct AllFailed(usize, String);
 
 pub(super) fn run(args: &BenchArgs, global: Global) -> Result<(), Failure> {
     matrix::check(args)?;
+    matrix::check_places(args)?;
     let actor = Actor::choose(args)?;
     // Said before anything is measured: who looks on shall not take it for the real thing.
     if actor.stand_in && !global.json {
@@ -163,6 +164,10 @@ fn rounds(args: &BenchArgs, global: Global, scene: &Scene<'_>) -> Result<Vec<Lin
                 }
                 lines.push(line);
             }
+        }
+        // What was measured is kept whatever comes.
+        if let Some(out) = &mut out {
+            out.flush()?;
         }
     }
     live.clear();

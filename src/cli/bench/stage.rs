@@ -38,7 +38,7 @@ use rustix::mount::UnmountFlags;
 use serde_json::Value;
 
 use super::BenchArgs;
-use super::ground::{self, Ground};
+use super::ground::{self, Ground, TMPFS};
 use crate::cli::{Failure, STAND_IN};
 
 /// The pretend uplink of the pretend host.
@@ -65,6 +65,11 @@ pub(super) enum StageError {
     #[error("{program}: {says}")]
     Program { program: String, says: String },
 }
+
+/// What lies in memory is never out of the page cache.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} lies in memory and cannot be cold: choose a directory on a disk with TMPDIR")]
+struct InMemory(PathBuf);
 
 fn network<E: std::error::Error + Send + Sync + 'static>(
     what: &'static str,
@@ -431,7 +436,11 @@ impl Stage {
     pub(super) fn chill(snapshot: &Path, base: Option<&Path>) -> io::Result<()> {
         let files = fs::read_dir(snapshot)?.map(|entry| entry.map(|it| it.path()));
         for path in files.chain(base.map(|base| Ok(base.to_owned()))) {
-            let file = File::open(path?)?;
+            let path = path?;
+            let file = File::open(&path)?;
+            if rustix::fs::fstatfs(&file)?.f_type == TMPFS {
+                return Err(io::Error::other(InMemory(path)));
+            }
             // Dirty pages stay.
             file.sync_all()?;
             rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;

@@ -39,15 +39,16 @@ pub(super) fn rows(lines: &[Line]) -> Vec<Row> {
         .into_iter()
         .map(|(variant, samples)| {
             let cores = lines[0].machine.cores.max(1) as f64;
-            let batches: Vec<f64> = samples.iter().filter_map(|it| it.batch_ms).collect();
-            let mean = batches.iter().sum::<f64>() / batches.len().max(1) as f64;
-            let per_batch = variant.concurrency as f64;
+            // Every guest of a batch carries its time; only those that came count.
+            let batches: f64 = samples.iter().filter_map(|it| it.batch_ms).sum();
+            let seconds = batches / variant.concurrency.max(1) as f64 / 1e3;
+            let came = (samples.len() - failures(&samples)) as f64;
             Row {
                 name: variant.name(),
                 failures: failures(&samples),
                 total: Summary::of(&times(&samples)),
                 phases: phases(&samples),
-                throughput: (mean > 0.0).then(|| per_batch / mean * 1e3 / cores),
+                throughput: (seconds > 0.0).then(|| came / seconds / cores),
                 variant,
             }
         })
@@ -264,6 +265,22 @@ mod tests {
         assert_eq!(words(3)[5..8], ["0", "1", "-"], "{text:?}");
         assert_eq!(words(2)[12], "1.33", "medians 8 and 6");
         assert!(rows[2].phases.is_empty());
+    }
+
+    #[test]
+    fn guests_that_did_not_come_are_no_throughput() {
+        let mut lines: Vec<_> = (0..4)
+            .map(|n| line("rewake", "v53.0", n / 2, Some(400.0)))
+            .collect();
+        for line in &mut lines {
+            line.variant.concurrency = 2;
+            line.sample.batch_ms = Some(500.0);
+        }
+        let throughput = |lines: &[Line]| rows(lines)[0].throughput.unwrap();
+        // Four guests in two batches of half a second, on two cores.
+        assert!((throughput(&lines) - 2.0).abs() < 1e-9);
+        lines[3].sample.ms = None;
+        assert!((throughput(&lines) - 1.5).abs() < 1e-9);
     }
 
     #[test]
