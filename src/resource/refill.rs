@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 
 use crate::deadline::Deadline;
 
-/// After a failure, nothing is made for this long.
+/// After a failure, nothing is made for this long; twice as long after each further one.
 const BACK_OFF: Duration = Duration::from_secs(1);
+const LONGEST_BACK_OFF: Duration = Duration::from_secs(8);
 
 /// So often, what is ready is looked at while nobody takes it.
 const ROUND: Duration = Duration::from_secs(5);
@@ -93,6 +94,8 @@ struct State<T> {
     ready: VecDeque<T>,
     retired: Vec<T>,
     last_taken: Option<Instant>,
+    /// What they are made of was there when it was looked for last.
+    is_wanted: bool,
     counts: Counts,
     stop: bool,
 }
@@ -119,6 +122,7 @@ impl<M: Maker> Stock<M> {
                 ready: VecDeque::new(),
                 retired: Vec::new(),
                 last_taken: None,
+                is_wanted: true,
                 counts: Counts::default(),
                 stop: false,
             }),
@@ -176,11 +180,11 @@ impl<M: Maker> Stock<M> {
         self.shared.lock().ready.iter().map(of).sum()
     }
 
-    /// Waits until the target is reached and all that was retired is removed, and says whether
-    /// that was so before the deadline.
+    /// Waits until the target is reached, where any are wanted, and all that was retired is
+    /// removed, and says whether that was so before the deadline.
     pub(crate) fn wait_settled(&self, deadline: Deadline) -> bool {
         let mut state = self.shared.lock();
-        while state.ready.len() < self.shared.limits.target
+        while (state.is_wanted && state.ready.len() < self.shared.limits.target)
             || state.counts.retiring + state.retired.len() > 0
         {
             let left = deadline.remaining().unwrap_or(Duration::MAX);
@@ -241,16 +245,16 @@ impl<M: Maker> Shared<M> {
     fn serve(&self) {
         let mut earliest = Instant::now() + self.limits.quiet;
         let mut next_round = Instant::now() + ROUND;
-        let mut is_wanted = true;
+        let mut back_off = BACK_OFF;
         let mut state = self.lock();
         while !state.stop {
             let now = Instant::now();
             if now >= next_round {
                 next_round = now + ROUND;
-                is_wanted = self.maker.is_wanted();
-                self.look_through(&mut state, is_wanted);
+                self.look_through(&mut state);
+                self.done.notify_all();
             }
-            let wants = is_wanted && state.ready.len() < self.limits.target;
+            let wants = state.is_wanted && state.ready.len() < self.limits.target;
             let taken = state.last_taken.filter(|_| !state.ready.is_empty());
             let next = taken.map_or(earliest, |taken| earliest.max(taken + self.limits.quiet));
             if wants && now >= next {
@@ -259,11 +263,15 @@ impl<M: Maker> Shared<M> {
                 let made = self.maker.make(self.budget());
                 state = self.lock();
                 match made {
-                    Ok(item) => state.ready.push_back(item),
+                    Ok(item) => {
+                        state.ready.push_back(item);
+                        back_off = BACK_OFF;
+                    }
                     // There is nothing to make it of any more.
-                    Err(_) if !self.maker.is_wanted() => is_wanted = false,
+                    Err(_) if !self.maker.is_wanted() => self.look_through(&mut state),
                     Err(error) => {
-                        earliest = now + BACK_OFF;
+                        earliest = now + back_off;
+                        back_off = (back_off * 2).min(LONGEST_BACK_OFF);
                         state.counts.failed += 1;
                         log::warn!("Cannot prepare a {}: {}", M::NAME, chain(&error));
                     }
@@ -294,13 +302,14 @@ impl<M: Maker> Shared<M> {
     }
 
     /// Throws out what cannot be used any more, or all of it where none is wanted.
-    fn look_through(&self, state: &mut State<M::Item>, is_wanted: bool) {
+    fn look_through(&self, state: &mut State<M::Item>) {
+        state.is_wanted = self.maker.is_wanted();
         let ready = std::mem::take(&mut state.ready);
         let (healthy, rest): (Vec<_>, Vec<_>) = ready
             .into_iter()
-            .partition(|item| is_wanted && self.maker.is_healthy(item));
+            .partition(|item| state.is_wanted && self.maker.is_healthy(item));
         state.ready = healthy.into();
-        if is_wanted {
+        if state.is_wanted {
             state.counts.unhealthy += rest.len() as u64;
         }
         state.retired.extend(rest);

@@ -184,7 +184,7 @@ impl DiskStock {
         stats
     }
 
-    /// Waits until every image has as many disks ready as are wanted, and says whether that
+    /// Waits until every image that is there has as many disks ready as are wanted, and says whether that
     /// was so before the deadline.
     #[must_use]
     pub fn wait_settled(&self, deadline: Deadline) -> bool {
