@@ -218,8 +218,7 @@ pub fn install(
 /// opened with `O_PATH`.
 ///
 /// It is the one that the process has both open and mapped (`/proc/PID/fd`, `/proc/PID/maps`),
-/// so it does not matter how it got there; or, of a process that maps nothing (the stand-in
-/// reads and writes it), the one that it inherited.
+/// so it does not matter how it got there.
 ///
 /// # Errors
 /// [`SealError::Call`]: the process is gone or somebody else's, or has no such file (`ENOENT`).
@@ -251,9 +250,7 @@ pub fn memory_of(pid: u32) -> Result<OwnedFd, SealError> {
             return Ok(fd);
         }
     }
-    let inherited = fds.join(crate::vmm::launch::FIRST_INHERITED.to_string());
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
-    fs::openat(CWD, &inherited, flags, Mode::empty()).map_err(call(&inherited, "openat"))
+    Err(call(&fds, "openat")(Errno::NOENT))
 }
 
 /// A second name for the memory file.

@@ -9,6 +9,7 @@ pub mod error;
 pub mod inherited;
 pub mod kvm;
 pub mod loopdev;
+pub mod mapped;
 pub mod memslot;
 pub mod netns;
 pub mod process;

@@ -1,6 +1,7 @@
 //! Guest RAM: regions over files, in every way Cloud Hypervisor can back them.
 //!
-//! No mapping is involved. Anonymous and memfd memory is a memfd; a `shared=on` zone is its
+//! Nothing is read or written through a mapping; a zone's file is mapped all the same, as it is
+//! by Cloud Hypervisor, for those who look for it there. Anonymous and memfd memory is a memfd; a `shared=on` zone is its
 //! file; a `shared=off` zone is its file read-only with the written pages kept aside, which
 //! is what a private mapping does.
 
@@ -10,8 +11,10 @@ mod save;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, ErrorKind};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
+use rewake_sys::mapped::MappedFile;
 use rustix::fs::{MemfdFlags, SeekFrom};
 use serde_json::Value;
 
@@ -57,6 +60,8 @@ struct Region {
     zone: String,
     /// As the snapshot records it: zero for memory without a file.
     file_offset: u64,
+    /// A zone's file, as others see that it is in use: in the process's mappings.
+    _mapped: Option<MappedFile>,
     backing: Backing,
 }
 
@@ -307,6 +312,7 @@ fn region(zone: &Zone, slot: u64, gpa: u64, size: u64, file_offset: u64) -> Resu
             "Memory configuration is not valid",
         ]));
     }
+    let mut mapped = None;
     let backing = if let Some(path) = &zone.file {
         rustix::fs::statfs(path)
             .map_err(|error| failed("Failed to stat filesystem", &error.into()))?;
@@ -318,6 +324,10 @@ fn region(zone: &Zone, slot: u64, gpa: u64, size: u64, file_offset: u64) -> Resu
         }
         let file = File::options().read(true).write(zone.shared).open(path);
         let file = file.map_err(|error| failed("Failed to create shared file", &error))?;
+        let length = usize::try_from(size).unwrap_or(usize::MAX);
+        let made = MappedFile::new(file.as_fd(), length, zone.shared);
+        let made = made.map_err(|error| failed("Failed to mmap guest memory", &error.into()))?;
+        mapped = Some(made);
         if zone.shared {
             Backing::Shared {
                 file,
@@ -348,6 +358,7 @@ fn region(zone: &Zone, slot: u64, gpa: u64, size: u64, file_offset: u64) -> Resu
         size,
         zone: zone.id.clone(),
         file_offset,
+        _mapped: mapped,
         backing,
     })
 }
