@@ -22,6 +22,7 @@ mod driver;
 mod watch;
 
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 pub use driver::{Driver, Key};
 pub use watch::Watch;
@@ -220,6 +221,31 @@ impl Host {
     pub fn resume(&self, id: &SandboxId, options: ResumeOptions) -> Result<Sandbox, Error> {
         self.ready(options.deadline)?;
         sandbox::prepare_resume(&self.ctx, id, options)?.run()
+    }
+
+    /// Starts a Cloud Hypervisor for a paused sandbox that will be resumed soon, in its network
+    /// slot: [`Host::resume`] of this host then has no process to start. Where nobody resumes
+    /// it, the process ends after `wait`, and with the host. It takes some MiB until then.
+    ///
+    /// Blocks for the milliseconds that starting it takes. Asked for again, the time begins
+    /// anew.
+    ///
+    /// # Errors
+    /// [`Error`]; the sandbox is paused as before.
+    pub fn expect_resume(
+        &self,
+        id: &SandboxId,
+        wait: Duration,
+        deadline: Deadline,
+    ) -> Result<(), Error> {
+        self.ready(deadline)?;
+        sandbox::expect(&self.ctx, id, wait, deadline)
+    }
+
+    /// Whether a process waits for the resume of a sandbox.
+    #[must_use]
+    pub fn expects_resume(&self, id: &SandboxId) -> bool {
+        self.ctx.expected.has(id)
     }
 
     /// A sandbox by its id, in whatever state.

@@ -10,6 +10,7 @@ use rewake_sys::netns;
 
 use super::admission::{Admission, Limits};
 use super::error::{Cause, Error, Operation, file};
+use super::expected::Expected;
 use crate::deadline::Deadline;
 use crate::envd::{self, hedge::Hedge};
 use crate::fault::Faults;
@@ -122,6 +123,7 @@ pub(crate) struct Context {
     pub(crate) kits: OnceLock<KitPool>,
     /// The same.
     pub(crate) disk_stock: OnceLock<DiskStock>,
+    pub(crate) expected: Expected,
     pub(crate) admission: Admission,
     ready: OnceLock<()>,
 }
@@ -147,6 +149,7 @@ impl Context {
             pool,
             kits: OnceLock::new(),
             disk_stock: OnceLock::new(),
+            expected: Expected::default(),
             config,
             ready: OnceLock::new(),
         })

@@ -13,6 +13,7 @@ use crate::resource::disk::{DiskError, DiskFailure};
 use crate::resource::ledger::Leftover;
 use crate::resource::net::{CreateError, NetError, SlotFailure};
 use crate::resource::slot::SlotError;
+use crate::restore::kit::KitError;
 use crate::restore::{self, Stage};
 use crate::snapshot::SealError;
 use crate::template::TemplateError;
@@ -145,6 +146,9 @@ pub enum Cause {
     /// No network slot.
     #[error("Cannot acquire a network slot")]
     Slot(#[source] CreateError),
+    /// No process that waits for a resume.
+    #[error("Cannot start a process ahead of its resume")]
+    Kit(#[source] KitError),
     /// The network slot's record.
     #[error("Cannot keep the network slot")]
     SlotRecord(#[from] SlotError),

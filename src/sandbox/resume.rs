@@ -95,8 +95,9 @@ fn acquire(ctx: &Context, paused: &Status, making: &mut Making) -> Result<(), Ca
         };
         let lease = ctx.net.slots().reserve(index, id.as_str())?;
         let slot = ctx.net.revive(lease, deadline);
-        slot.map(|slot| Some(Got::Standing(Box::new((slot, None)))))
-            .map_err(|failure| Cause::Slot(CreateError::Build(failure)))
+        let slot = slot.map_err(|failure| Cause::Slot(CreateError::Build(failure)))?;
+        let kit = ctx.expected.take(&id, &slot);
+        Ok(Some(Got::Standing(Box::new((slot, kit)))))
     };
     let attach = || ctx.disks.attach(&id, &disks, deadline);
     making.acquire(take_slot, has_disk.then_some(attach), "attach")

@@ -9,6 +9,7 @@ mod real_vmm;
 
 mod crash;
 mod deaths;
+mod expected;
 mod faults;
 mod lab;
 mod many;

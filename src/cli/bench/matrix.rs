@@ -91,7 +91,10 @@ pub(super) fn remarks(args: &BenchArgs) -> Vec<&'static str> {
     let has = |operation| args.operation.contains(&operation);
     let mut remarks = Vec::new();
     if has(Operation::Resume) {
-        remarks.push("A resume takes nothing from pools: its slot and its disk are its own.");
+        remarks.push(
+            "A warm resume is one that was expected: a process waits in its slot. Slot and disk \
+             are its own either way.",
+        );
     }
     if has(Operation::Pause) || has(Operation::Destroy) {
         remarks.push(
@@ -172,7 +175,7 @@ impl Choices {
             Operation::Pause | Operation::Destroy | Operation::Life => (false, false),
         };
         let rival = |rival| args.against.contains(&rival).then_some(Arm::Rival(rival));
-        let pools = if launches {
+        let pools = if restores {
             &args.pools[..]
         } else {
             &[Switch::Off][..]

@@ -10,17 +10,22 @@ use rewake::resource::disk::DiskMode;
 use rewake::timeline::Timeline;
 use rewake_sys::process::Process;
 
-use super::super::arms::phases;
+use super::super::arms::{Arm, phases};
 use super::super::house::{BUDGET, mode_of};
 use super::super::matrix::Entry;
 use super::super::stage::{Stage, remembers};
 use super::{Done, NotApart, Operation, Place, Subject, Undone};
 use crate::cli::Failure;
 
+/// A process that waits for a resume does so for as long as a round may take.
+const LONG: Duration = Duration::from_secs(600);
+
 pub(super) struct Ours<'a> {
     place: Place<'a>,
     operation: Operation,
     mode: MemoryMode,
+    /// Its resume is expected.
+    warm: bool,
     id: SandboxId,
     sandbox: Sandbox,
     nonce: String,
@@ -42,6 +47,7 @@ pub(super) fn begin<'a>(place: Place<'a>, entry: &Entry) -> Result<Ours<'a>, Fai
         place,
         operation: entry.operation,
         mode: entry.mode,
+        warm: matches!(entry.arm, Arm::Ours { pools: true }),
         id: sandbox.id().clone(),
         sandbox,
         nonce: String::new(),
@@ -76,6 +82,10 @@ impl Subject for Ours<'_> {
         self.nonce = self.recall()?;
         if self.operation == Operation::Resume {
             self.sandbox.pause()?;
+            if self.warm {
+                let host = &self.place.house.host;
+                host.expect_resume(&self.id, LONG, Deadline::after(BUDGET))?;
+            }
             return Ok(());
         }
         if self.mode == MemoryMode::Shared {
