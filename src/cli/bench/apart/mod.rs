@@ -181,4 +181,6 @@ enum Undone {
     Copy(String),
     #[error("It is not there any more")]
     Gone,
+    #[error("No process waited for it")]
+    Cold,
 }

@@ -106,6 +106,13 @@ impl Subject for Ours<'_> {
             other => return Err(NotApart(other).into()),
         };
         let took = begun.elapsed();
+        let was_warm = || {
+            let notes = self.sandbox.timeline().notes();
+            notes.iter().any(|note| note.contains("was warm"))
+        };
+        if self.operation == Operation::Resume && self.warm && !was_warm() {
+            return Err(Undone::Cold.into());
+        }
         let timeline = ended.unwrap_or_else(|| self.sandbox.timeline().clone());
         Ok(Done {
             took,
