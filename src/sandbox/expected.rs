@@ -8,14 +8,13 @@ use std::time::{Duration, Instant};
 
 use rewake_sys::netns;
 
-use super::context::Context;
-use super::error::{Cause, Error, Operation};
-use super::hold::{Hold, UNDO_BUDGET};
-use super::state::State;
 use crate::deadline::Deadline;
 use crate::ids::SandboxId;
-use crate::resource::net::{CreateError, Slot};
-use crate::restore::kit::{Kit, KitError};
+use crate::resource::net::Slot;
+use crate::restore::kit::Kit;
+
+/// For ending a process.
+const END_BUDGET: Duration = Duration::from_secs(10);
 
 /// The processes of one host. Dropping it ends them.
 #[derive(Debug, Default)]
@@ -39,12 +38,12 @@ struct Waiting {
 
 /// A process that waits.
 #[derive(Debug)]
-struct One {
-    kit: Kit,
+pub(crate) struct One {
+    pub(crate) kit: Kit,
     /// Device and inode of the namespace that it stands in. While it stands there they are no
     /// other's.
-    netns: (u64, u64),
-    until: Instant,
+    pub(crate) netns: (u64, u64),
+    pub(crate) until: Instant,
 }
 
 impl Expected {
@@ -70,7 +69,11 @@ impl Expected {
         end(one.into_iter().collect());
     }
 
-    fn put(&self, id: &SandboxId, one: One) -> std::io::Result<()> {
+    /// Lets a process wait for the sandbox. It takes the place of another.
+    ///
+    /// # Errors
+    /// Where the thread that ends it cannot be started; it is gone then.
+    pub(crate) fn put(&self, id: &SandboxId, one: One) -> std::io::Result<()> {
         let mut reaper = self.reaper.lock().unwrap_or_else(PoisonError::into_inner);
         if reaper.is_none() {
             let shared = Arc::clone(&self.shared);
@@ -133,54 +136,8 @@ impl Shared {
 
 fn end(all: Vec<One>) {
     for one in all {
-        for left in one.kit.destroy(Deadline::after(UNDO_BUDGET)) {
+        for left in one.kit.destroy(Deadline::after(END_BUDGET)) {
             log::warn!("Left over of a process that waited: {left}");
         }
     }
-}
-
-/// Starts a process for a paused sandbox, in its slot. A second one takes the place of the
-/// first.
-pub(crate) fn expect(
-    ctx: &Arc<Context>,
-    id: &SandboxId,
-    wait: Duration,
-    asked: Deadline,
-) -> Result<(), Error> {
-    let deadline = ctx.deadline(asked);
-    let failed = |cause| Error::new(id, Operation::Resume, cause);
-    let hold = Hold::take(ctx, id, Operation::Resume)?;
-    let paused = hold.expect(State::Paused).map_err(failed)?;
-    let Some(index) = paused.slot else {
-        // Without a slot it is in the caller's namespace, whichever that will be.
-        return Ok(());
-    };
-    let lease = ctx.net.slots().reserve(index, id.as_str());
-    let lease = lease.map_err(|error| failed(error.into()))?;
-    let slot = ctx.net.revive(lease, deadline);
-    let mut slot = slot.map_err(|it| failed(Cause::Slot(CreateError::Build(it))))?;
-    let started = start(ctx, &slot, wait, deadline);
-    // It is kept for the sandbox as before, whatever came of it.
-    let parked = slot.lease().set_parked(true);
-    drop(slot);
-    let one = started.map_err(|error| failed(Cause::Kit(error)))?;
-    parked.map_err(|error| failed(error.into()))?;
-    ctx.expected.put(id, one).map_err(|source| {
-        let (what, path) = ("start a thread for", hold.dir.path().to_owned());
-        failed(Cause::File { what, path, source })
-    })
-}
-
-fn start(ctx: &Context, slot: &Slot, wait: Duration, deadline: Deadline) -> Result<One, KitError> {
-    let netns = netns::identity(slot.netns()).map_err(KitError::Descriptors)?;
-    let (spec, runtime_dir) = (&ctx.config.vmm, &ctx.config.runtime_dir);
-    let kit = Kit::prepare(spec, runtime_dir, Some(slot.netns()), deadline)?;
-    let now = Instant::now();
-    // As good as for ever.
-    let longest = Duration::from_secs(365 * 24 * 3600);
-    Ok(One {
-        kit,
-        netns,
-        until: now + wait.min(longest),
-    })
 }

@@ -46,7 +46,6 @@ pub(crate) use context::Context;
 pub use context::HostConfig;
 pub(crate) use dir::{SandboxDir, list};
 pub use error::{Cause, Error, Full, Operation, Remains};
-pub(crate) use expected::expect;
 use journal::{Journal, Story};
 pub use launch::LaunchOptions;
 pub(crate) use launch::{Source, prepare as prepare_launch};
@@ -55,7 +54,7 @@ pub use pause::PauseOptions;
 pub use recover::Census;
 pub(crate) use recover::recover;
 pub use resume::ResumeOptions;
-pub(crate) use resume::prepare as prepare_resume;
+pub(crate) use resume::{expect, prepare as prepare_resume};
 use state::{State, Status};
 pub use untouched::Print;
 

@@ -2,9 +2,13 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rewake_sys::netns;
 
 use super::context::Context;
 use super::error::{Cause, Error, Operation};
+use super::expected::One;
 use super::hold::Hold;
 use super::making::{Got, Making};
 use super::state::{State, Status};
@@ -13,8 +17,9 @@ use crate::deadline::Deadline;
 use crate::envd::init::{Init, Lifecycle};
 use crate::ids::SandboxId;
 use crate::plan::MemoryMode;
-use crate::resource::net::CreateError;
+use crate::resource::net::{CreateError, Slot};
 use crate::restore::Gate;
+use crate::restore::kit::{Kit, KitError};
 use crate::snapshot::{MEMORY_FILE, ZONE_FILE};
 use crate::timeline::Timeline;
 
@@ -116,4 +121,50 @@ fn consume(hold: &Hold, proof: Option<Vec<Print>>) -> Gate {
         status.proof.clone_from(&proof);
         journal.commit(status).map_err(io::Error::other)
     }))
+}
+
+/// Starts a process that waits for the resume of a paused sandbox, in its slot. A second one takes the place of the
+/// first.
+pub(crate) fn expect(
+    ctx: &Arc<Context>,
+    id: &SandboxId,
+    wait: Duration,
+    asked: Deadline,
+) -> Result<(), Error> {
+    let deadline = ctx.deadline(asked);
+    let failed = |cause| Error::new(id, Operation::Resume, cause);
+    let hold = Hold::take(ctx, id, Operation::Resume)?;
+    let paused = hold.expect(State::Paused).map_err(failed)?;
+    let Some(index) = paused.slot else {
+        // Without a slot it is in the caller's namespace, whichever that will be.
+        return Ok(());
+    };
+    let lease = ctx.net.slots().reserve(index, id.as_str());
+    let lease = lease.map_err(|error| failed(error.into()))?;
+    let slot = ctx.net.revive(lease, deadline);
+    let mut slot = slot.map_err(|it| failed(Cause::Slot(CreateError::Build(it))))?;
+    let started = start(ctx, &slot, wait, deadline);
+    // It is kept for the sandbox as before, whatever came of it.
+    let parked = slot.lease().set_parked(true);
+    drop(slot);
+    let one = started.map_err(|error| failed(Cause::Kit(error)))?;
+    parked.map_err(|error| failed(error.into()))?;
+    ctx.expected.put(id, one).map_err(|source| {
+        let (what, path) = ("start a thread for", hold.dir.path().to_owned());
+        failed(Cause::File { what, path, source })
+    })
+}
+
+fn start(ctx: &Context, slot: &Slot, wait: Duration, deadline: Deadline) -> Result<One, KitError> {
+    let netns = netns::identity(slot.netns()).map_err(KitError::Descriptors)?;
+    let (spec, runtime_dir) = (&ctx.config.vmm, &ctx.config.runtime_dir);
+    let kit = Kit::prepare(spec, runtime_dir, Some(slot.netns()), deadline)?;
+    let now = Instant::now();
+    // As good as for ever.
+    let longest = Duration::from_secs(365 * 24 * 3600);
+    Ok(One {
+        kit,
+        netns,
+        until: now + wait.min(longest),
+    })
 }
