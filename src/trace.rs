@@ -94,7 +94,7 @@ impl Trace {
     }
 
     /// A moment on the trace's axis. A process that was started before the trace began lies
-    /// left of it.
+    /// left of it, until [`Trace::into_json`].
     fn micros(&self, at: Instant) -> f64 {
         match at.checked_duration_since(self.origin) {
             Some(later) => micros(later),
@@ -102,9 +102,22 @@ impl Trace {
         }
     }
 
-    /// The document: `{"traceEvents":[…],"displayTimeUnit":"ms"}`.
+    /// The document: `{"traceEvents":[…],"displayTimeUnit":"ms"}`. Its axis begins with the
+    /// first event of all, where that is older than the origin: Perfetto drops what lies
+    /// before zero.
     #[must_use]
-    pub fn into_json(self) -> Value {
+    pub fn into_json(mut self) -> Value {
+        let times = self.events.iter().filter_map(|event| event["ts"].as_f64());
+        let first = times.fold(0.0, f64::min);
+        for event in &mut self.events {
+            for place in ["/ts", "/args/arrived_us"] {
+                if let Some(time) = event.pointer_mut(place)
+                    && let Some(at) = time.as_f64()
+                {
+                    *time = (at - first).into();
+                }
+            }
+        }
         json!({"traceEvents": self.events, "displayTimeUnit": "ms"})
     }
 }
@@ -184,6 +197,25 @@ mod tests {
         let distance = named("vm/resumed")["ts"].as_f64().unwrap()
             - named("vmm/starting")["ts"].as_f64().unwrap();
         assert!((distance - 8000.0).abs() < 0.01, "{distance}");
+    }
+
+    /// A process that waited in a pool has told things long before.
+    #[test]
+    fn nothing_lies_before_the_beginning_of_the_axis() {
+        let early = timeline(Instant::now());
+        let mut trace = Trace::new(early.origin() + ms(50));
+        trace.add("early", &early);
+        let document = trace.into_json();
+        let events = document["traceEvents"].as_array().unwrap();
+        let at = |name: &str| {
+            let event = events.iter().find(|event| event["name"] == name).unwrap();
+            event["ts"].as_f64().unwrap()
+        };
+        assert!(at("planned").abs() < 0.01, "{document}");
+        let between = at("vm/resumed") - at("planned");
+        assert!((between - 14_000.0).abs() < 1000.0, "{document}");
+        let arrived = &events.last().unwrap()["args"]["arrived_us"];
+        assert!(arrived.as_f64().unwrap() >= at("vm/resumed"), "{document}");
     }
 
     /// What a viewer insists on, by the published format.

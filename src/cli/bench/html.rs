@@ -221,7 +221,11 @@ impl Context<'_> {
                             _ => Dash::Solid,
                         },
                         points: (!times.is_empty()).then(|| {
-                            steps.map(|(i, ms)| (*ms, (i + 1) as f64 / count)).collect()
+                            let steps = steps.map(|(i, ms)| (*ms, i as f64 / count));
+                            // Up at each sample: one alone is a line, too.
+                            steps
+                                .flat_map(|(ms, below)| [(ms, below), (ms, below + 1.0 / count)])
+                                .collect()
                         })?,
                     })
                 })
@@ -465,6 +469,15 @@ mod tests {
         assert!(memory.contains("conventional map p50"), "{memory}");
         let at_once = over("guests");
         assert!(at_once.contains("floor map 1024 MiB p99"), "{at_once}");
+    }
+
+    #[test]
+    fn a_single_sample_is_seen() {
+        let page = document(&[line("rewake", "v53.0", 0, Some(10.0))]);
+        let points = page.split("points=\"").nth(1).unwrap().split('"').next();
+        let points: Vec<_> = points.unwrap().split(' ').collect();
+        assert_eq!(points.len(), 2);
+        assert_ne!(points[0], points[1]);
     }
 
     #[test]
