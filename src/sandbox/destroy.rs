@@ -24,6 +24,7 @@ pub(crate) fn destroy(
     let mut timeline = Timeline::start();
     let deadline = ctx.deadline(asked);
     let failed = |cause| Error::new(id, Operation::Destroy, cause);
+    // Also where another process has removed the sandbox.
     ctx.expected.forget(id);
     let dir = SandboxDir::of(&ctx.config.root, id);
     if !dir.path().exists() {

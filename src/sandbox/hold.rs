@@ -154,12 +154,14 @@ impl Hold {
         }
     }
 
-    /// Removes the network slot of the sandbox, where it has one.
+    /// Removes the network slot of the sandbox, where it has one. A process that waits in it
+    /// for a resume ends before.
     pub(crate) fn remove_slot(
         &self,
         slot: Option<SlotIndex>,
         deadline: Deadline,
     ) -> Result<(), Remains> {
+        self.ctx.expected.forget(&self.id);
         let net = &self.ctx.net;
         let found = match slot {
             Some(index) => Some(index),

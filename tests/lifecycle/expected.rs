@@ -1,11 +1,12 @@
 //! Resumes that are expected: a process waits for them.
 
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use rewake::host::{Cause, Host, LaunchOptions, ResumeOptions, Sandbox};
 use rewake::sandbox::state::State;
 
-use super::lab::{Lab, chain, memory_of, soon};
+use super::lab::{Lab, STAND_IN, chain, memory_of, soon};
 
 const LONG: Duration = Duration::from_secs(600);
 
@@ -170,4 +171,32 @@ fn root_a_resume_that_fails_on_the_process_that_waited_is_put_back() {
     let sandbox = resume(&host, &sandbox);
     memory_of(&sandbox);
     sandbox.destroy().unwrap();
+}
+
+#[test]
+fn root_a_process_that_is_just_starting_goes_with_its_sandbox() {
+    let test = "root_a_process_that_is_just_starting_goes_with_its_sandbox";
+    let Some(lab) = Lab::new(test) else { return };
+    let host = lab.open();
+    let sandbox = paused(&host, &lab);
+    // One that takes its time.
+    let slow = lab.net.dir.join("slow");
+    let script = format!("#!/bin/sh\nsleep 0.5\nexec {STAND_IN} \"$@\"\n");
+    std::fs::write(&slow, script).unwrap();
+    std::fs::set_permissions(&slow, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut config = lab.config(&[]);
+    config.vmm.program = slow;
+    let host = Host::open(config).unwrap();
+    std::thread::scope(|scope| {
+        let expecting = scope.spawn(|| host.expect_resume(sandbox.id(), LONG, soon()));
+        let until = soon();
+        while lab.processes().is_empty() {
+            assert!(!until.has_passed());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        host.destroy(sandbox.id(), soon()).unwrap();
+        expecting.join().unwrap().unwrap();
+    });
+    assert!(!host.expects_resume(sandbox.id()));
+    assert!(lab.processes().is_empty());
 }
