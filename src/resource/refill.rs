@@ -270,7 +270,7 @@ impl<M: Maker> Shared<M> {
                     // There is nothing to make it of any more.
                     Err(_) if !self.maker.is_wanted() => self.look_through(&mut state),
                     Err(error) => {
-                        earliest = now + back_off;
+                        earliest = Instant::now() + back_off;
                         back_off = (back_off * 2).min(LONGEST_BACK_OFF);
                         state.counts.failed += 1;
                         log::warn!("Cannot prepare a {}: {}", M::NAME, chain(&error));
@@ -337,4 +337,57 @@ fn wait<'a, T>(
         .wait_timeout(state, limit)
         .unwrap_or_else(PoisonError::into_inner);
     state
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Fails, and takes longer for that than the first pause after a failure.
+    struct Slow(Arc<Mutex<Vec<(Instant, Instant)>>>);
+
+    impl Maker for Slow {
+        type Item = ();
+        type Error = io::Error;
+        type Leftover = String;
+        const THREAD: &'static str = "rw-slow";
+        const NAME: &'static str = "slow thing";
+
+        fn make(&self, _: Deadline) -> Result<(), io::Error> {
+            let begun = Instant::now();
+            std::thread::sleep(BACK_OFF + Duration::from_millis(100));
+            self.0.lock().unwrap().push((begun, Instant::now()));
+            Err(io::ErrorKind::TimedOut.into())
+        }
+
+        fn is_healthy(&self, (): &()) -> bool {
+            true
+        }
+
+        fn remove(&self, _: Vec<()>, _: Deadline) -> Vec<String> {
+            Vec::new()
+        }
+    }
+
+    #[test]
+    fn after_a_failure_that_took_long_nothing_is_made_for_a_while() {
+        let made = Arc::new(Mutex::new(Vec::new()));
+        let limits = Limits {
+            target: 1,
+            interval: Duration::ZERO,
+            quiet: Duration::ZERO,
+            budget: Duration::from_secs(10),
+        };
+        let stock = Stock::start(Slow(Arc::clone(&made)), limits).unwrap();
+        let until = Instant::now() + Duration::from_secs(60);
+        while made.lock().unwrap().len() < 2 {
+            assert!(Instant::now() < until);
+            assert!(!stock.wait_settled(Deadline::after(Duration::from_millis(50))));
+        }
+        let made = made.lock().unwrap().clone();
+        let [(_, failed), (again, _)] = made[..] else {
+            panic!("{made:?}")
+        };
+        assert!(again - failed >= BACK_OFF, "{:?}", again - failed);
+    }
 }
