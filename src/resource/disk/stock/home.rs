@@ -19,6 +19,8 @@ use crate::resource::disk::{DiskFailure, DiskPool};
 const CLAIM: &str = "claim";
 /// What a directory is called until its claim is locked.
 const UNNAMED: &str = ".new-";
+/// So many hexadecimal digits are its name.
+const RANDOM: usize = 12;
 /// No claim takes this long to be made.
 const ABANDONED: Duration = Duration::from_secs(60);
 
@@ -46,7 +48,7 @@ impl Home {
     pub(super) fn claim(parent: &Path) -> io::Result<Self> {
         private().recursive(true).create(parent)?;
         let random = uuid::Uuid::new_v4().simple().to_string();
-        let name = &random[..12];
+        let name = &random[..RANDOM];
         let unnamed = parent.join(format!("{UNNAMED}{name}"));
         let path = parent.join(name);
         private().create(&unnamed)?;
@@ -106,7 +108,12 @@ pub(super) fn sweep(pool: &DiskPool, home: &Path, deadline: Deadline) -> io::Res
     };
     for entry in entries {
         let owner = entry?.path();
-        let is_named = !owner.file_name().is_some_and(is_unnamed);
+        let name = owner.file_name().and_then(OsStr::to_str).unwrap_or("");
+        let is_young = name.starts_with(UNNAMED) && !is_abandoned(&owner);
+        // Whoever makes one finds its claim free, so nobody else may touch it.
+        if is_young || !is_random(name.strip_prefix(UNNAMED).unwrap_or(name)) {
+            continue;
+        }
         // Held until all is gone, so no other sweep is at work there.
         let _claim = match File::open(owner.join(CLAIM)) {
             Ok(claim) if !is_locked(&claim)? => Some(claim),
@@ -115,12 +122,9 @@ pub(super) fn sweep(pool: &DiskPool, home: &Path, deadline: Deadline) -> io::Res
                 continue;
             }
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-            // It goes last, so there is nothing else; or it is yet to be made.
+            // It goes last, so there is nothing else.
             Err(_) => None,
         };
-        if !is_named && !is_abandoned(&owner) {
-            continue;
-        }
         let mut is_empty = true;
         for id in disks(&owner) {
             match pool.remove_stray(&id, &owner, deadline) {
@@ -138,8 +142,9 @@ pub(super) fn sweep(pool: &DiskPool, home: &Path, deadline: Deadline) -> io::Res
     Ok(found)
 }
 
-fn is_unnamed(name: &OsStr) -> bool {
-    name.to_string_lossy().starts_with(UNNAMED)
+/// Whether the name is one that [`Home::claim`] gives; all else is somebody else's.
+fn is_random(name: &str) -> bool {
+    name.len() == RANDOM && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 fn is_abandoned(dir: &Path) -> bool {
@@ -169,4 +174,56 @@ fn private() -> DirBuilder {
     let mut builder = DirBuilder::new();
     builder.mode(0o700);
     builder
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fault::Faults;
+    use crate::resource::disk::DiskConfig;
+
+    struct Scratch(PathBuf);
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let name = format!("rewake-stockhome-{}-{name}", std::process::id());
+            let path = std::env::temp_dir().join(name);
+            std::fs::create_dir(&path).unwrap();
+            Self(path)
+        }
+        fn sweep(&self) -> StockSweep {
+            let pool = DiskPool::open(DiskConfig::default(), Faults::NONE);
+            sweep(&pool, &self.0, Deadline::after(Duration::from_secs(10))).unwrap()
+        }
+    }
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn the_claim_of_a_directory_that_is_just_being_made_is_not_touched() {
+        let scratch = Scratch::new("young");
+        let unnamed = scratch.0.join(format!("{UNNAMED}0123456789ab"));
+        std::fs::create_dir(&unnamed).unwrap();
+        let claim = File::create(unnamed.join(CLAIM)).unwrap();
+        assert!(!is_locked(&claim).unwrap());
+        // Nobody tried to lock it, or it would count as a living program's.
+        assert!(scratch.sweep().in_use.is_empty());
+        assert!(unnamed.join(CLAIM).exists());
+    }
+
+    #[test]
+    fn what_is_no_owners_directory_is_left_alone() {
+        let scratch = Scratch::new("foreign");
+        std::fs::write(scratch.0.join("file"), "").unwrap();
+        std::fs::create_dir(scratch.0.join("lost+found")).unwrap();
+        let dead = scratch.0.join("0123456789ab");
+        std::fs::create_dir(&dead).unwrap();
+        std::fs::write(dead.join(CLAIM), "").unwrap();
+        let swept = scratch.sweep();
+        assert!(swept.in_use.is_empty() && swept.stuck.is_empty());
+        assert_eq!(names(&scratch.0).len(), 2);
+        assert!(!dead.exists());
+    }
 }
