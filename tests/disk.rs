@@ -38,7 +38,7 @@ use rewake::resource::disk::{
 use rewake::resource::ledger::{Ledger, Step};
 use rewake::units::Bytes;
 use rustix::io::Errno;
-use stock::{checks, forgets, stocks};
+use stock::{checks, forgets, stocks, tells};
 
 /// Runs a body at a place, under the name of its test.
 macro_rules! at {
@@ -90,6 +90,8 @@ at! {
 
     what_is_not_as_it_was_made_is_not_handed_out: checks at Plain;
     vm_a_snapshot_that_is_not_as_it_was_made_is_not_handed_out: checks at DeviceMapper;
+
+    disks_that_stay_though_they_should_go_are_named_in_the_end: tells at Plain;
 
     images_that_are_not_asked_for_give_their_place_up: forgets at Plain;
     vm_images_of_snapshots_that_are_not_asked_for_give_their_place_up: forgets at DeviceMapper;

@@ -3,12 +3,14 @@
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use rewake::fault::Faults;
+use rewake::fault::{Faults, Inject};
 use rewake::resource::disk::{
     Disk, DiskError, DiskKind, DiskMode, DiskPool, DiskStock, DiskStockOptions,
 };
+use rustix::io::Errno;
 
 use super::disklab::{Lab, assert_same, chain, pattern, read_all, soon, write_block};
 use super::{SIZE, create};
@@ -145,6 +147,25 @@ pub(super) fn checks(lab: &Lab) {
     pool.remove(disk, false, soon()).unwrap();
     settle(&stock);
 
+    // A link leads to another image: what was made of the first one is not handed out.
+    let link = lab.dir.join("current.raw");
+    std::os::unix::fs::symlink(&base, &link).unwrap();
+    stock.keep(&link, mode(lab)).unwrap();
+    settle(&stock);
+    let later = lab.base("later.raw", SIZE);
+    fs::remove_file(&link).unwrap();
+    std::os::unix::fs::symlink(&later, &link).unwrap();
+    assert!(take(lab, &stock, "l", &link).is_none());
+    settle(&stock);
+    let disk = take(lab, &stock, "l", &link).unwrap();
+    assert_same(&read_all(disk.path()), &read_all(&later), "of the other");
+    pool.remove(disk, false, soon()).unwrap();
+    close(stock);
+    lab.assert_clean("closed");
+    let stock = open(lab, &pool, options);
+    stock.keep(&base, mode(lab)).unwrap();
+    settle(&stock);
+
     // Somebody does something to them.
     let owner = fs::read_dir(lab.stock()).unwrap().flatten().next().unwrap();
     let before = stock.stats().unhealthy;
@@ -181,6 +202,58 @@ pub(super) fn checks(lab: &Lab) {
         std::thread::sleep(Duration::from_millis(50));
     }
     close(stock);
+}
+
+/// Fails to remove stores while it is to.
+#[derive(Default)]
+struct Sticky {
+    sticks: AtomicBool,
+    refused: AtomicUsize,
+}
+
+impl Inject for Sticky {
+    fn before(&self, step: &str) -> Result<(), Errno> {
+        let is_store = step.starts_with("remove ") && step.ends_with(".raw");
+        if is_store && self.sticks.load(Ordering::SeqCst) {
+            self.refused.fetch_add(1, Ordering::SeqCst);
+            return Err(Errno::IO);
+        }
+        Ok(())
+    }
+    fn after(&self, _: &str) -> Result<(), Errno> {
+        Ok(())
+    }
+}
+
+/// Whatever becomes of an image's disks, what is left of them is told in the end.
+pub(super) fn tells(lab: &Lab) {
+    let sticky = Arc::new(Sticky::default());
+    let pool = Arc::new(lab.open(Faults::inject(sticky.clone())));
+    let options = DiskStockOptions {
+        target: 1,
+        images: 1,
+        ..DiskStockOptions::default()
+    };
+    let stock = open(lab, &pool, options);
+    for (number, name) in ["a.raw", "b.raw", "c.raw"].into_iter().enumerate() {
+        stock.keep(&lab.base(name, SIZE), mode(lab)).unwrap();
+        settle(&stock);
+        let until = soon();
+        while sticky.refused.load(Ordering::SeqCst) < number {
+            assert!(!until.has_passed());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // The thread that failed to remove it ends meanwhile.
+        std::thread::sleep(Duration::from_millis(100));
+        sticky.sticks.store(true, Ordering::SeqCst);
+    }
+    sticky.sticks.store(false, Ordering::SeqCst);
+    let left = stock.close(soon());
+    assert_eq!(left.len(), 2, "{left:?}");
+    // A sweep gets at them now.
+    let swept = DiskStock::sweep(&pool, &lab.stock(), soon()).unwrap();
+    assert_eq!(swept.reclaimed.len(), 2, "{swept:?}");
+    lab.assert_clean("swept");
 }
 
 /// Of many images those that were asked for last have a shelf.

@@ -93,12 +93,12 @@ impl DiskPool {
         Ok(())
     }
 
-    /// Whether a disk is as it was made: its image has not changed, its files are where they
-    /// were, its device is up, and the kernel has counted no write to it. Takes some ten
-    /// microseconds.
-    pub(super) fn is_as_made(&self, disk: &Disk) -> bool {
-        let image = Base::open(&disk.record.base.path, &self.faults);
-        image.is_ok_and(|image| image.expect(&disk.record.base).is_ok())
+    /// Whether a disk is as it was made: `image` leads to the file that it was made of, which
+    /// has not changed, its own files are where they were, its device is up, and the kernel
+    /// has counted no write to it. Takes some ten microseconds.
+    pub(super) fn is_as_made(&self, disk: &Disk, image: &Path) -> bool {
+        let image = Base::open(image, &self.faults);
+        image.is_ok_and(|image| image.identity == disk.record.base)
             && disk.steps.iter().all(DiskStep::is_in_place)
             && disk.mapping.as_ref().is_none_or(|it| self.is_unwritten(it))
     }

@@ -99,6 +99,8 @@ struct Shelves {
     up: Vec<Arc<Shelf>>,
     /// Those that take one down.
     ending: Vec<JoinHandle<Vec<DiskFailure>>>,
+    /// What those could not remove that have ended.
+    left: Vec<DiskFailure>,
 }
 
 /// The disks of one base image.
@@ -233,7 +235,7 @@ impl DiskStock {
                 shelves.up.push(Arc::new(self.put_up(image, mode)?));
                 if shelves.up.len() > self.options.images.max(1) {
                     let oldest = shelves.up.remove(0);
-                    self.take_down(oldest, &mut shelves.ending);
+                    self.take_down(oldest, shelves);
                 }
             }
         }
@@ -263,17 +265,20 @@ impl DiskStock {
     }
 
     /// Removes the disks of a shelf, on a thread of its own.
-    fn take_down(&self, shelf: Arc<Shelf>, ending: &mut Vec<JoinHandle<Vec<DiskFailure>>>) {
+    fn take_down(&self, shelf: Arc<Shelf>, shelves: &mut Shelves) {
         let budget = self.budget();
         let end = move || {
             // Whoever waits for it to be filled ends it otherwise.
             Arc::into_inner(shelf)
                 .map_or_else(Vec::new, |shelf| shelf.stock.close(Deadline::after(budget)))
         };
-        ending.retain(|it| !it.is_finished());
+        for ended in shelves.ending.extract_if(.., |it| it.is_finished()) {
+            // A panic there has said what it had to say.
+            shelves.left.extend(ended.join().unwrap_or_default());
+        }
         let thread = std::thread::Builder::new().name("rw-disk-end".to_owned());
         match thread.spawn(end) {
-            Ok(thread) => ending.push(thread),
+            Ok(thread) => shelves.ending.push(thread),
             // The shelf went with the thread that could not be had.
             Err(error) => log::debug!("A shelf was taken down at once: {error}"),
         }
@@ -284,8 +289,11 @@ impl DiskStock {
     }
 
     fn clear(&self, deadline: Deadline) -> Vec<DiskFailure> {
-        let Shelves { up, ending } = std::mem::take(&mut *self.lock());
-        let mut left = Vec::new();
+        let Shelves {
+            up,
+            ending,
+            mut left,
+        } = std::mem::take(&mut *self.lock());
         for shelf in up {
             // Nobody else has one: whoever waits for it borrows the stock.
             if let Some(shelf) = Arc::into_inner(shelf) {
@@ -293,7 +301,6 @@ impl DiskStock {
             }
         }
         for ending in ending {
-            // A panic there has said what it had to say.
             left.extend(ending.join().unwrap_or_default());
         }
         left
@@ -331,7 +338,7 @@ impl Maker for Workshop {
     }
 
     fn is_healthy(&self, disk: &Disk) -> bool {
-        self.pool.is_as_made(disk)
+        self.pool.is_as_made(disk, &self.image)
     }
 
     fn remove(&self, disks: Vec<Disk>, deadline: Deadline) -> Vec<DiskFailure> {
