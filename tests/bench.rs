@@ -51,6 +51,9 @@ fn root_a_run_beside_its_rivals_says_everywhere_that_it_was_on_the_stand_in() {
     for sample in &samples {
         assert_eq!(sample["vmm_kind"], "stand-in", "{sample}");
         assert!(sample["vmm"].as_str().unwrap().contains("stand-in"));
+        // Which kind was the best that works here, and not that it was.
+        let disk = sample["disk"].as_str().unwrap();
+        assert!(["dm-snapshot", "reflink", "copy"].contains(&disk), "{disk}");
         for key in ["commit", "kernel", "cpu", "vmm", "build"] {
             assert!(!sample[key].as_str().unwrap().is_empty(), "{key}");
         }
@@ -333,6 +336,15 @@ fn root_a_template_of_a_host_and_a_bare_snapshot_can_be_measured() {
         memory == unchanged("memory"),
         "nobody wrote to the template"
     );
+    // A template with a disk gives one to every guest, whatever was asked for.
+    let short = [
+        "--iterations=1",
+        "--warm-up=0",
+        "--pools=off",
+        "--disk=none",
+    ];
+    let samples = scratch.samples("disk", &[&short[..], &named].concat());
+    assert!(samples[0]["disk"] != "none" && samples[0]["disk"] != "auto");
     // The same files without a manifest are a snapshot of anybody's.
     let bare = scratch.path("bare");
     fs::create_dir(&bare).unwrap();

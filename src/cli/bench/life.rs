@@ -13,7 +13,7 @@ use rewake::template::Template as HostTemplate;
 use rewake::timeline::Timeline;
 
 use super::BenchArgs;
-use super::arms::{Arm, Job, Rival, conventional, millis, phases};
+use super::arms::{Arm, Job, Rival, conventional, disk_of, millis, phases};
 use super::house::{BUDGET, House, mode_of};
 use super::record::{Line, Machine, Sample, Variant};
 use super::run::words;
@@ -62,6 +62,7 @@ fn lives(
     for (place, ram_mib) in args.ram.iter().enumerate() {
         let plain = stage.template(*ram_mib, disk.is_some())?;
         let template = house.template(stage, *ram_mib, disk)?;
+        let used = disk_of(stage, args.disk, std::slice::from_ref(&plain))?;
         let machine = Machine::here(&plain.build);
         for round in 0..rounds {
             live.show(place * rounds + round, all, machine.is_stand_in(), &lines);
@@ -71,7 +72,7 @@ fn lives(
             for arm in arms {
                 let (story, error) = match arm {
                     Arm::Ours { .. } => ours(house, stage, &template),
-                    Arm::Rival(_) => theirs(stage, &plain, disk),
+                    Arm::Rival(_) => theirs(stage, &plain, used.mode()),
                 };
                 let Some(iteration) = round.checked_sub(args.warm_up) else {
                     continue;
@@ -83,7 +84,7 @@ fn lives(
                         arm: arm.name().to_owned(),
                         pools: false,
                         memory_mode: memory.name().to_owned(),
-                        disk: args.disk.name().to_owned(),
+                        disk: used.name().to_owned(),
                         ram_mib: *ram_mib,
                         concurrency: 1,
                         page_cache: "warm".to_owned(),

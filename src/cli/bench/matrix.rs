@@ -8,7 +8,7 @@ use rewake::resource::disk::DiskMode;
 use super::arms::{Arm, Rival};
 use super::record::Variant;
 use super::stage::Template;
-use super::{BenchArgs, Cache, Memory, Operation, Switch};
+use super::{BenchArgs, Cache, DiskChoice, Memory, Operation, Switch};
 
 /// A combination that cannot be.
 #[derive(Debug, thiserror::Error)]
@@ -118,7 +118,7 @@ pub(super) fn remarks(args: &BenchArgs) -> Vec<&'static str> {
 }
 
 /// Every combination. Variants come in the order in which they make a readable table.
-pub(super) fn entries(args: &BenchArgs, templates: &[Template]) -> Vec<Entry> {
+pub(super) fn entries(args: &BenchArgs, disk: DiskChoice, templates: &[Template]) -> Vec<Entry> {
     let mut entries: Vec<Entry> = Vec::new();
     for (index, template) in templates.iter().enumerate() {
         for operation in &args.operation {
@@ -131,7 +131,7 @@ pub(super) fn entries(args: &BenchArgs, templates: &[Template]) -> Vec<Entry> {
                         arm: arm.name().to_owned(),
                         pools: matches!(arm, Arm::Ours { pools: true }),
                         memory_mode: mode.name().to_owned(),
-                        disk: args.disk.name().to_owned(),
+                        disk: disk.name().to_owned(),
                         ram_mib: template.ram_mib,
                         concurrency: *concurrency,
                         page_cache: cache.name().to_owned(),
@@ -147,7 +147,7 @@ pub(super) fn entries(args: &BenchArgs, templates: &[Template]) -> Vec<Entry> {
                         variant,
                         template: index,
                         mode,
-                        disk: args.disk.mode().unwrap_or(DiskMode::Auto),
+                        disk: disk.mode().unwrap_or(DiskMode::Auto),
                         cache,
                         age,
                     });

@@ -223,6 +223,16 @@ enum DiskChoice {
     None,
 }
 
+impl From<DiskKind> for DiskChoice {
+    fn from(kind: DiskKind) -> Self {
+        match kind {
+            DiskKind::DmSnapshot => Self::DmSnapshot,
+            DiskKind::Reflink => Self::Reflink,
+            DiskKind::Copy => Self::Copy,
+        }
+    }
+}
+
 impl DiskChoice {
     const fn mode(self) -> Option<DiskMode> {
         Some(match self {

@@ -12,7 +12,7 @@ use rewake::timeline::Timeline;
 use rewake::trace::Trace;
 
 use super::apart::{self, Place};
-use super::arms::{Arm, Job, Launched, millis};
+use super::arms::{self, Arm, Job, Launched, millis};
 use super::ground::Ground;
 use super::house::House;
 use super::matrix::{self, Entry};
@@ -126,7 +126,8 @@ fn set<'a>(
 }
 
 fn rounds(args: &BenchArgs, global: Global, scene: &Scene<'_>) -> Result<Vec<Line>, Failure> {
-    let mut entries = matrix::entries(args, &scene.templates);
+    let disk = arms::disk_of(scene.stage, args.disk, &scene.templates)?;
+    let mut entries = matrix::entries(args, disk, &scene.templates);
     let build = scene.templates.first().map(|it| it.build.as_str());
     let machine = Machine::here(build.unwrap_or_default());
     let mut out = args.out.as_ref().map(create).transpose()?;

@@ -20,7 +20,9 @@ use rewake::timeline::Timeline;
 use rewake::vmm::api::{Features, Version};
 use rewake::vmm::launch::LaunchSpec;
 
+use super::DiskChoice;
 use super::pools::Pools;
+use super::run::LeftOver;
 use super::stage::{Stage, StageError, Template};
 use crate::cli::Failure;
 
@@ -174,6 +176,33 @@ fn make_disk(job: &Job<'_>, id: &SandboxId) -> Result<Option<Disk>, Failure> {
         }
     };
     made.map(Some)
+}
+
+/// What disk guests really get, for everybody the same: which kind is the best that works here
+/// shows when one is made, and guests of a chosen template have a disk where that has one.
+pub(super) fn disk_of(
+    stage: &Stage,
+    asked: DiskChoice,
+    templates: &[Template],
+) -> Result<DiskChoice, Failure> {
+    let base = templates.iter().find_map(|template| template.base.as_ref());
+    match (asked, base) {
+        (_, None) => Ok(DiskChoice::None),
+        (DiskChoice::Auto | DiskChoice::None, Some(base)) => {
+            let dir = stage.dir.join("trial");
+            std::fs::create_dir(&dir)?;
+            let (id, deadline) = (SandboxId::random(), Deadline::after(BUDGET));
+            let disk = stage
+                .disks
+                .create(&id, base, &dir, DiskMode::Auto, deadline)?;
+            let kind = disk.kind();
+            match remove_disk(stage, Some(disk)) {
+                None => Ok(kind.into()),
+                Some(left) => Err(LeftOver(left).into()),
+            }
+        }
+        (asked, Some(_)) => Ok(asked),
+    }
 }
 
 fn remove_disk(stage: &Stage, disk: Option<Disk>) -> Option<String> {
