@@ -45,8 +45,8 @@ pub enum Ended {
 /// Forks the calling process, which must have one thread. The result is a hold on the new
 /// process, and `None` in that one.
 ///
-/// The new process has `/proc` of its own pid namespace and private copies of all mounts. It
-/// waits until [`Contained::let_go`] is called, and is dead as soon as the caller is.
+/// The new process has `/proc` of its own pid namespace, and mounts of its own that nobody
+/// else sees. It waits until [`Contained::let_go`] is called, and is dead as soon as the caller is.
 ///
 /// # Errors
 /// `EINVAL` where the process has several threads, `EPERM` without `CAP_SYS_ADMIN`, else what
@@ -98,8 +98,9 @@ fn enter(mut entry: PipeReader) -> Result<(), CallError> {
     }
     // SAFETY: CLONE_NEWNS does not unshare the descriptor table; there is one thread.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.named("unshare")?;
-    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    mount_change("/", private).named("mount")?;
+    // What is unmounted outside goes here, too, and so is not kept; nothing goes the other way.
+    let one_way = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    mount_change("/", one_way).named("mount")?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount("proc", "/proc", "proc", flags, None).named("mount /proc")
 }
