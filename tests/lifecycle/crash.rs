@@ -195,7 +195,7 @@ fn step(host: &Host, launching: &Mutex<()>, dice: &mut Dice) {
     let sandboxes = host.sandboxes().unwrap_or_default();
     let count = sandboxes.len() as u64;
     let chosen = (count > 0).then(|| sandboxes[usize::try_from(dice.roll(count)).unwrap()].clone());
-    match (dice.roll(8), chosen) {
+    match (dice.roll(10), chosen) {
         (0..3, _) if sandboxes.len() < MOST => {
             let _one = launching.lock().unwrap();
             if let Ok(template) = host.template("base") {
@@ -206,7 +206,11 @@ fn step(host: &Host, launching: &Mutex<()>, dice: &mut Dice) {
         (4..6, Some(sandbox)) => {
             let _ = host.resume(sandbox.id(), ResumeOptions::default());
         }
-        (6, Some(mut sandbox)) => {
+        // Where it is not paused, that is refused.
+        (6..8, Some(sandbox)) => {
+            let _ = host.expect_resume(sandbox.id(), Duration::from_secs(600), soon());
+        }
+        (8, Some(mut sandbox)) => {
             let name = TemplateId::new(format!("warm-{}", dice.roll(1 << 40))).unwrap();
             let _ = host.snapshot(&mut sandbox, &name, soon(), &mut |_| {});
         }
