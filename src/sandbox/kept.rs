@@ -9,6 +9,7 @@ use super::untouched::{Print, Ran};
 use crate::deadline::Deadline;
 use crate::resource::disk::Disk;
 use crate::resource::net::Slot;
+use crate::resource::slot::{SlotLease, SlotRecord};
 
 /// After a resume that failed: the sandbox is paused as before, where its snapshot still goes
 /// with its disk; else it is lost.
@@ -53,6 +54,18 @@ pub(crate) fn put_back(
     left
 }
 
+/// Takes hold of the slot of a sandbox whose VM is about to end: a slot that nobody holds, that
+/// is not kept and whose VM has ended is anybody's to sweep. `None` where it is kept already,
+/// or not as it was.
+pub(crate) fn hold_slot(hold: &Hold, status: &Status) -> Option<SlotLease> {
+    let slots = hold.ctx.net.slots();
+    let index = status.slot?;
+    let is_ours = |record: &SlotRecord| !record.parked && record.owner == hold.id.as_str();
+    slots.record(index).ok()?.filter(is_ours)?;
+    let lease = slots.adopt(index).ok()?;
+    lease.record().is_some_and(is_ours).then_some(lease)
+}
+
 /// Marks the slot of a sandbox that is paused as kept for it. After a restart of the machine
 /// there is no record of it any more, and it is made anew.
 pub(crate) fn keep_slot(hold: &Hold, status: &Status) -> Result<(), Cause> {
@@ -62,16 +75,18 @@ pub(crate) fn keep_slot(hold: &Hold, status: &Status) -> Result<(), Cause> {
     let slots = hold.ctx.net.slots();
     match slots.record(index) {
         Ok(Some(record)) if record.parked && record.owner == hold.id.as_str() => Ok(()),
-        Ok(Some(record)) if record.owner == hold.id.as_str() => {
-            let mut lease = slots.adopt(index)?;
-            lease.set_vmm(None)?;
-            lease.park().map_err(Cause::from)
-        }
+        Ok(Some(record)) if record.owner == hold.id.as_str() => keep(slots.adopt(index)?),
         _ => {
             let lease = slots.reserve(index, hold.id.as_str())?;
             lease.park().map_err(Cause::from)
         }
     }
+}
+
+/// The same with a slot that is held, whose VM has ended.
+pub(crate) fn keep(mut lease: SlotLease) -> Result<(), Cause> {
+    lease.set_vmm(None)?;
+    lease.park().map_err(Cause::from)
 }
 
 /// Removes what is left of earlier lives.

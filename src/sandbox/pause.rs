@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use super::context::Context;
 use super::error::{Cause, Error, Full, Operation, Remains, api, file, guest};
 use super::hold::{Hold, UNDO_BUDGET};
-use super::kept::{forget_snapshots, keep_slot};
+use super::kept::{forget_snapshots, hold_slot, keep, keep_slot};
 use super::live::Live;
 use super::state::{State, Status};
 use super::write_out::{punch, sync_disk, write_out};
@@ -138,11 +138,12 @@ fn take_back(place: &Path, staging: &Path) {
 /// Destroys the VM of a sandbox that is paused, and removes what only its earlier lives had.
 pub(crate) fn release(hold: &Hold, paused: &Status) -> Vec<Remains> {
     super::vmm_log::rescue(hold);
+    let slot = hold_slot(hold, paused);
     let mut left = hold.end_vm(Deadline::after(UNDO_BUDGET));
     if !left.is_empty() {
         return left;
     }
-    if let Err(cause) = keep_slot(hold, paused) {
+    if let Err(cause) = slot.map_or_else(|| keep_slot(hold, paused), keep) {
         log::warn!(
             "Sandbox {}: its slot is not marked as kept: {cause}",
             hold.id

@@ -1,9 +1,10 @@
 //! Resumes that are expected: a process waits for them.
 
 use std::os::unix::fs::PermissionsExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use rewake::host::{Cause, Host, LaunchOptions, ResumeOptions, Sandbox};
+use rewake::host::{Cause, Error, Host, LaunchOptions, ResumeOptions, Sandbox};
 use rewake::sandbox::state::State;
 
 use super::lab::{Lab, STAND_IN, chain, memory_of, soon};
@@ -199,4 +200,46 @@ fn root_a_process_that_is_just_starting_goes_with_its_sandbox() {
     });
     assert!(!host.expects_resume(sandbox.id()));
     assert!(lab.processes().is_empty());
+}
+
+#[test]
+fn root_whoever_looks_after_a_host_is_in_nobodys_way() {
+    let test = "root_whoever_looks_after_a_host_is_in_nobodys_way";
+    let Some(lab) = Lab::new(test) else { return };
+    let host = lab.open();
+    let mut sandbox = paused(&host, &lab);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let other = lab.open();
+                while !done.load(Ordering::Relaxed) {
+                    let census = other.recover(soon()).unwrap();
+                    assert!(census.is_clean(), "{census:?}");
+                    assert!(census.swept.is_empty(), "{census:?}");
+                }
+            });
+        }
+        let ended = scope.spawn(|| {
+            for _ in 0..20 {
+                undisturbed(|| host.expect_resume(sandbox.id(), LONG, soon()));
+                sandbox = undisturbed(|| host.resume(sandbox.id(), ResumeOptions::default()));
+                undisturbed(|| sandbox.pause());
+            }
+        });
+        let ended = ended.join();
+        done.store(true, Ordering::Relaxed);
+        ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+}
+
+/// Whoever looks at a sandbox has it locked for a moment.
+fn undisturbed<T>(mut act: impl FnMut() -> Result<T, Error>) -> T {
+    let until = soon();
+    loop {
+        match act() {
+            Err(error) if error.is_busy() && !until.has_passed() => {}
+            other => return other.unwrap_or_else(|error| panic!("{}", chain(&error))),
+        }
+    }
 }

@@ -36,6 +36,18 @@ impl HostNet {
             if deadline.has_passed() {
                 return Err(NetError::Timeout { step: "sweep" });
             }
+            // Their owners may come for them at any moment, and shall find them free.
+            match self.slots.record(index) {
+                Ok(Some(record)) if record.parked => {
+                    report.parked.push(index);
+                    continue;
+                }
+                Ok(Some(record)) if record.vmm.is_some_and(|it| it.is_alive().unwrap_or(false)) => {
+                    report.in_use.push(index);
+                    continue;
+                }
+                _ => {}
+            }
             match self.slots.adopt(index) {
                 Ok(lease) => self.judge(lease, &mut report, deadline),
                 Err(SlotError::InUse(_)) => report.in_use.push(index),

@@ -16,12 +16,14 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rewake_sys::CallError;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
 use self::record::read_record;
+use crate::deadline::Deadline;
 use crate::fault::Faults;
 use crate::ids::SlotIndex;
 
@@ -31,6 +33,8 @@ pub use self::record::{ProcessIdentity, SlotRecord};
 /// Consecutive occupied indices after which the directory is listed instead.
 const PROBES: u16 = 8;
 const HINT: &str = "next";
+/// No sweep looks at a slot that is kept for longer.
+const LOOK_BUDGET: Duration = Duration::from_millis(100);
 
 /// Why there is no slot.
 #[derive(Debug, thiserror::Error)]
@@ -148,7 +152,7 @@ impl Slots {
     }
 
     /// Takes the slot of this index: a free one, or one that was parked for `owner`. Does
-    /// not block.
+    /// not block, but for the moment that a sweep looks at it.
     ///
     /// # Errors
     /// [`SlotError::InUse`], [`SlotError::Parked`], [`SlotError::Stale`], and those of files.
@@ -156,7 +160,7 @@ impl Slots {
         if let Some(lease) = self.claim(index, owner)? {
             return Ok(lease);
         }
-        let mut lease = match self.adopt(index) {
+        let mut lease = match self.adopt_kept(index, owner) {
             Err(SlotError::Free(_)) => {
                 // Freed between the two looks.
                 return self.claim(index, owner)?.ok_or(SlotError::InUse(index));
@@ -177,6 +181,24 @@ impl Slots {
                 owner: record.owner,
             }),
             _ => Err(SlotError::Stale(index)),
+        }
+    }
+
+    /// [`Slots::adopt`] for its owner, whom a sweep that looks at it keeps from it for a moment
+    /// only: there is no event to wait for.
+    fn adopt_kept(&self, index: SlotIndex, owner: &str) -> Result<SlotLease, SlotError> {
+        let patience = Deadline::after(LOOK_BUDGET);
+        let is_kept = || {
+            let record = self.record(index).ok().flatten();
+            record.is_some_and(|record| record.parked && record.owner == owner)
+        };
+        loop {
+            match self.adopt(index) {
+                Err(SlotError::InUse(_)) if is_kept() && !patience.has_passed() => {
+                    std::thread::yield_now();
+                }
+                other => return other,
+            }
         }
     }
 
@@ -439,6 +461,25 @@ mod tests {
         assert_eq!(slots.list().unwrap(), [index(7)]);
         lease.release().map_err(|held| held.error).unwrap();
         assert!(matches!(slots.adopt(index(7)), Err(SlotError::Free(_))));
+    }
+
+    #[test]
+    fn who_looks_at_a_parked_slot_keeps_its_owner_from_it_for_a_moment_only() {
+        let scratch = Scratch::new("looked-at");
+        let slots = scratch.slots(1);
+        slots.acquire("a").unwrap().park().unwrap();
+        let look = slots.adopt(index(1)).unwrap();
+        // For longer than any sweep: it is given up in the end.
+        assert!(matches!(
+            slots.reserve(index(1), "a"),
+            Err(SlotError::InUse(_))
+        ));
+        std::thread::scope(|scope| {
+            let back = scope.spawn(|| slots.reserve(index(1), "a"));
+            std::thread::sleep(LOOK_BUDGET / 5);
+            drop(look);
+            drop(back.join().unwrap().unwrap());
+        });
     }
 
     #[test]
