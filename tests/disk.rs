@@ -38,7 +38,7 @@ use rewake::resource::disk::{
 use rewake::resource::ledger::{Ledger, Step};
 use rewake::units::Bytes;
 use rustix::io::Errno;
-use stock::{checks, forgets, stocks, tells};
+use stock::{checks, ends, forgets, stocks, tells};
 
 /// Runs a body at a place, under the name of its test.
 macro_rules! at {
@@ -90,6 +90,8 @@ at! {
 
     what_is_not_as_it_was_made_is_not_handed_out: checks at Plain;
     vm_a_snapshot_that_is_not_as_it_was_made_is_not_handed_out: checks at DeviceMapper;
+
+    a_stock_that_is_closed_begins_nothing: ends at Plain;
 
     disks_that_stay_though_they_should_go_are_named_in_the_end: tells at Plain;
 

@@ -225,10 +225,11 @@ impl Host {
 
     /// Starts a Cloud Hypervisor for a paused sandbox that will be resumed soon, in its network
     /// slot: [`Host::resume`] of this host then has no process to start. Where nobody resumes
-    /// it, the process ends after `wait`, and with the host. It takes some MiB until then.
+    /// it, the process ends after `wait`, and with the host; that of a host that was killed, with
+    /// the next [`Host::recover`]. It takes some MiB until then.
     ///
-    /// Blocks for the milliseconds that starting it takes. Asked for again, the time begins
-    /// anew.
+    /// Blocks for the milliseconds that starting it takes; a resume that comes meanwhile is told
+    /// that another operation is under way. Asked for again, the time begins anew.
     ///
     /// # Errors
     /// [`Error`]; the sandbox is paused as before.

@@ -201,9 +201,14 @@ impl<M: Maker> Stock<M> {
         self.clear(deadline)
     }
 
-    fn clear(&mut self, deadline: Deadline) -> Vec<M::Leftover> {
+    /// Has the thread end once it is done with what it is at. Does not wait.
+    pub(crate) fn stop(&self) {
         self.shared.lock().stop = true;
         self.shared.wanted.notify_one();
+    }
+
+    fn clear(&mut self, deadline: Deadline) -> Vec<M::Leftover> {
+        self.stop();
         if let Some(worker) = self.worker.take() {
             // A worker that panicked has nothing more to say here.
             let _ = worker.join();

@@ -256,6 +256,56 @@ pub(super) fn tells(lab: &Lab) {
     lab.assert_clean("swept");
 }
 
+/// Counts the copies that begin, and holds them up until it is opened.
+#[derive(Default)]
+struct Gate {
+    begun: AtomicUsize,
+    is_open: AtomicBool,
+}
+
+impl Inject for Gate {
+    fn before(&self, step: &str) -> Result<(), Errno> {
+        if step == "set the size of the copy" {
+            self.begun.fetch_add(1, Ordering::SeqCst);
+            while !self.is_open.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        Ok(())
+    }
+    fn after(&self, _: &str) -> Result<(), Errno> {
+        Ok(())
+    }
+}
+
+/// A stock that is closed waits for the disks that are being made, and begins no other.
+pub(super) fn ends(lab: &Lab) {
+    let gate = Arc::new(Gate::default());
+    let pool = Arc::new(lab.open(Faults::inject(gate.clone())));
+    let options = DiskStockOptions {
+        target: 3,
+        images: 3,
+        refill_interval_ms: 1,
+        ..DiskStockOptions::default()
+    };
+    let stock = open(lab, &pool, options);
+    for name in ["a.raw", "b.raw", "c.raw"] {
+        stock.keep(&lab.base(name, SIZE), mode(lab)).unwrap();
+    }
+    let until = soon();
+    while gate.begun.load(Ordering::SeqCst) < 3 {
+        assert!(!until.has_passed());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let closing = std::thread::spawn(move || close(stock));
+    // So that it waits for the first one.
+    std::thread::sleep(Duration::from_millis(500));
+    gate.is_open.store(true, Ordering::SeqCst);
+    closing.join().unwrap();
+    assert_eq!(gate.begun.load(Ordering::SeqCst), 3);
+    lab.assert_clean("closed");
+}
+
 /// Of many images those that were asked for last have a shelf.
 pub(super) fn forgets(lab: &Lab) {
     let pool = Arc::new(lab.open(Faults::NONE));

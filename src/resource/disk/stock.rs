@@ -194,8 +194,9 @@ impl DiskStock {
         up.iter().all(|it| it.stock.wait_settled(deadline))
     }
 
-    /// Ends all threads and removes every disk that was not handed out. Blocks, until the
-    /// deadline at the latest, for as long as making or removing a disk takes.
+    /// Ends all threads and removes every disk that was not handed out. Blocks until those are
+    /// made that are being made, for which [`DiskStockOptions::step_budget_ms`] is the limit,
+    /// and then while disks are removed, until the deadline at the latest.
     #[must_use]
     pub fn close(self, deadline: Deadline) -> Vec<DiskFailure> {
         self.clear(deadline)
@@ -294,6 +295,10 @@ impl DiskStock {
             ending,
             mut left,
         } = std::mem::take(&mut *self.lock());
+        // All at once: none begins another disk while one is waited for.
+        for shelf in &up {
+            shelf.stock.stop();
+        }
         for shelf in up {
             // Nobody else has one: whoever waits for it borrows the stock.
             if let Some(shelf) = Arc::into_inner(shelf) {
