@@ -235,6 +235,8 @@ fn root_whoever_looks_after_a_host_is_in_nobodys_way() {
         done.store(true, Ordering::Relaxed);
         ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     });
+    sandbox.destroy().unwrap();
+    assert!(lab.processes().is_empty());
 }
 
 /// Whoever looks at a sandbox has it locked for a moment.
