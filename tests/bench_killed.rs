@@ -201,6 +201,27 @@ fn root_a_run_that_is_asked_to_end_or_whose_child_is_killed_removes_everything_i
 }
 
 #[test]
+fn root_a_run_ends_whose_caller_ignores_what_becomes_of_children() {
+    let test = "root_a_run_ends_whose_caller_ignores_what_becomes_of_children";
+    let Some(scratch) = Scratch::new(test) else {
+        return;
+    };
+    let run = scratch.command(SHORT);
+    let mut command = Command::new("env");
+    command
+        .arg("--ignore-signal=CHLD")
+        .arg(run.get_program())
+        .args(run.get_args());
+    for (name, value) in run.get_envs() {
+        command.env(name, value.unwrap());
+    }
+    let mut child = command.stdout(Stdio::null()).spawn().unwrap();
+    wait_for("its end", || child.try_wait().unwrap().is_some());
+    assert!(child.wait().unwrap().success());
+    scratch.assert_nothing_left();
+}
+
+#[test]
 fn root_a_run_beside_it_is_neither_swept_nor_disturbed() {
     let test = "root_a_run_beside_it_is_neither_swept_nor_disturbed";
     let Some(scratch) = Scratch::new(test) else {

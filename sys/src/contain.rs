@@ -59,6 +59,9 @@ pub fn contain() -> Result<Option<Contained>, CallError> {
     }
     let home = netns::open("/proc/self/ns/pid".as_ref())?;
     let (entry, gate) = io::pipe().named("pipe")?;
+    // Of children that are ignored nobody is told how they ended, nor that they have.
+    // SAFETY: the default action takes no handler.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
     let signals = Signals::hold()?;
     // SAFETY: CLONE_NEWPID concerns children only, and no descriptors.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWPID) }.named("unshare")?;
