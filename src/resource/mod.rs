@@ -4,5 +4,6 @@ pub(crate) mod claim;
 pub mod disk;
 pub mod ledger;
 pub mod net;
+pub(crate) mod private;
 pub(crate) mod refill;
 pub mod slot;

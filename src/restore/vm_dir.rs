@@ -1,13 +1,12 @@
 //! The directory of one running VM: its API socket, its vsock socket, and the snapshot that
 //! CH is given.
 
-use std::fs::DirBuilder;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use crate::ids::SandboxId;
 use crate::resource::ledger::{Ledger, Step};
+use crate::resource::private::private;
 
 /// Beneath the runtime directory: one directory per VM.
 const VM_DIRS: &str = "vm";
@@ -86,12 +85,6 @@ impl VmDir {
     pub fn snapshot(&self) -> PathBuf {
         self.path.join("snapshot")
     }
-}
-
-fn private() -> DirBuilder {
-    let mut builder = DirBuilder::new();
-    builder.mode(0o700);
-    builder
 }
 
 #[cfg(test)]

@@ -176,7 +176,7 @@ impl Context {
             let _ = self.kits.set(kits);
         }
         if self.config.disk_stock.target > 0 && self.disk_stock.get().is_none() {
-            let home = super::dir::stock(&self.config.root);
+            let home = DiskStock::home_under(&self.config.root);
             let stock = open_stock(&self.config, &self.disks, &home);
             let stock = stock.map_err(file("keep disks ready in", &home))?;
             let _ = self.disk_stock.set(stock);

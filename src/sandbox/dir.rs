@@ -12,9 +12,9 @@
 //! A directory gets its name when its journal and lock are in it, and loses the name before
 //! anything in it is removed: what bears a sandbox's name is whole.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 
@@ -24,10 +24,10 @@ use rustix::io::Errno;
 use crate::deadline::Deadline;
 use crate::fault::Faults;
 use crate::ids::SandboxId;
+use crate::resource::private::private;
 
 /// Beneath the root.
 const SANDBOXES: &str = "sandboxes";
-const STOCK: &str = "disks";
 /// What directories are called that have no name yet, and no name any more.
 const UNNAMED: [&str; 2] = [".new-", ".gone-"];
 
@@ -35,12 +35,6 @@ const UNNAMED: [&str; 2] = [".new-", ".gone-"];
 #[must_use]
 pub(crate) fn all(root: &Path) -> PathBuf {
     root.join(SANDBOXES)
-}
-
-/// Where disks are kept ready for sandboxes that are to come.
-#[must_use]
-pub(crate) fn stock(root: &Path) -> PathBuf {
-    root.join(STOCK)
 }
 
 /// The directory of one sandbox.
@@ -290,12 +284,6 @@ pub(crate) fn list(root: &Path) -> io::Result<Listing> {
 /// Renames without ever replacing anything.
 pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE).map_err(Into::into)
-}
-
-fn private() -> DirBuilder {
-    let mut builder = DirBuilder::new();
-    builder.mode(0o700);
-    builder
 }
 
 #[cfg(test)]

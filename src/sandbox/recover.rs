@@ -458,7 +458,7 @@ fn sweep(ctx: &Arc<Context>, census: &mut Census, deadline: Deadline) -> Result<
 
 /// Removes the disks that somebody kept ready who has died.
 fn sweep_stock(ctx: &Context, census: &mut Census, deadline: Deadline) -> Result<(), Error> {
-    let home = dir::stock(&ctx.config.root);
+    let home = DiskStock::home_under(&ctx.config.root);
     let swept = DiskStock::sweep(&ctx.disks, &home, deadline).map_err(|error| {
         Error::of_host(
             Operation::Recover,

@@ -15,7 +15,7 @@ use super::state::{State, Status};
 use super::untouched::{Print, Ran, prints};
 use crate::deadline::Deadline;
 use crate::envd::init::{Init, Lifecycle};
-use crate::ids::SandboxId;
+use crate::ids::{SandboxId, SlotIndex};
 use crate::plan::MemoryMode;
 use crate::resource::net::{CreateError, Slot};
 use crate::restore::Gate;
@@ -98,14 +98,24 @@ fn acquire(ctx: &Context, paused: &Status, making: &mut Making) -> Result<(), Ca
         let Some(index) = paused.slot else {
             return Ok(None);
         };
-        let lease = ctx.net.slots().reserve(index, id.as_str())?;
-        let slot = ctx.net.revive(lease, deadline);
-        let slot = slot.map_err(|failure| Cause::Slot(CreateError::Build(failure)))?;
+        let slot = take_up(ctx, &id, index, deadline)?;
         let kit = ctx.expected.take(&id, &slot);
         Ok(Some(Got::Standing(Box::new((slot, kit)))))
     };
     let attach = || ctx.disks.attach(&id, &disks, deadline);
     making.acquire(take_slot, has_disk.then_some(attach), "attach")
+}
+
+/// The slot that is kept for a paused sandbox, made anew where it does not stand any more.
+fn take_up(
+    ctx: &Context,
+    id: &SandboxId,
+    index: SlotIndex,
+    deadline: Deadline,
+) -> Result<Slot, Cause> {
+    let lease = ctx.net.slots().reserve(index, id.as_str())?;
+    let slot = ctx.net.revive(lease, deadline);
+    slot.map_err(|failure| Cause::Slot(CreateError::Build(failure)))
 }
 
 /// The snapshot is marked as consumed, durably, before the vCPUs may run: from then on it
@@ -123,8 +133,8 @@ fn consume(hold: &Hold, proof: Option<Vec<Print>>) -> Gate {
     }))
 }
 
-/// Starts a process that waits for the resume of a paused sandbox, in its slot. A second one takes the place of the
-/// first.
+/// Starts a process that waits for the resume of a paused sandbox, in its slot. A second one
+/// takes the place of the first.
 pub(crate) fn expect(
     ctx: &Arc<Context>,
     id: &SandboxId,
@@ -139,10 +149,7 @@ pub(crate) fn expect(
         // Without a slot it is in the caller's namespace, whichever that will be.
         return Ok(());
     };
-    let lease = ctx.net.slots().reserve(index, id.as_str());
-    let lease = lease.map_err(|error| failed(error.into()))?;
-    let slot = ctx.net.revive(lease, deadline);
-    let mut slot = slot.map_err(|it| failed(Cause::Slot(CreateError::Build(it))))?;
+    let mut slot = take_up(ctx, id, index, deadline).map_err(failed)?;
     let started = start(ctx, &slot, wait, deadline);
     // It is kept for the sandbox as before, whatever came of it.
     let parked = slot.lease().set_parked(true);

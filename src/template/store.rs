@@ -25,8 +25,6 @@ use crate::snapshot::{self, MEMORY_FILE, Reserved, ZONE_FILE};
 const TEMPLATES: &str = "templates";
 /// The name of the directory of sandboxes there.
 const SANDBOXES: &str = "sandboxes";
-/// The name of the directory of disks that are nobody's yet.
-const STOCK: &str = "disks";
 /// The name of the directory of disks in a sandbox's.
 const DISKS: &str = "disk";
 /// The files that hold guest memory: a template has one of them.
@@ -73,7 +71,7 @@ impl TemplateStore {
         Ok(Self {
             templates,
             sandboxes: root.join(SANDBOXES),
-            stock: root.join(STOCK),
+            stock: DiskStock::home_under(&root),
             faults,
         })
     }

@@ -202,6 +202,12 @@ impl DiskStock {
         self.clear(deadline)
     }
 
+    /// Where the prepared disks of a host lie that has its data under `root`.
+    #[must_use]
+    pub fn home_under(root: &Path) -> PathBuf {
+        root.join("disks")
+    }
+
     /// The ids of all disks under `home` that are nobody's yet, whoever keeps them.
     #[must_use]
     pub fn ids(home: &Path) -> Vec<SandboxId> {

@@ -1,9 +1,9 @@
 //! Where a program keeps its prepared disks, and what becomes of them when it has died.
 
 use std::ffi::OsStr;
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use crate::deadline::Deadline;
 use crate::ids::SandboxId;
 use crate::resource::claim::is_locked;
 use crate::resource::disk::{DiskFailure, DiskPool};
+use crate::resource::private::private;
 
 /// The file that its owner keeps locked.
 const CLAIM: &str = "claim";
@@ -168,12 +169,6 @@ fn disks(owner: &Path) -> Vec<SandboxId> {
 fn names(dir: &Path) -> Vec<std::ffi::OsString> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     entries.map(|entry| entry.file_name()).collect()
-}
-
-fn private() -> DirBuilder {
-    let mut builder = DirBuilder::new();
-    builder.mode(0o700);
-    builder
 }
 
 #[cfg(test)]
