@@ -64,8 +64,10 @@ impl SandboxDir {
         }
     }
 
-    /// Makes a directory without a name, locked from the start. Nothing is left of it where
-    /// that fails.
+    /// Makes a directory without a name, locked. Nothing is left of it where that fails.
+    ///
+    /// A directory cannot be locked before it is there, so a sweep may come first: then it has
+    /// the lock and removes the directory, and the next one is made.
     pub(crate) fn unnamed(
         root: &Path,
         id: &SandboxId,
@@ -73,20 +75,33 @@ impl SandboxDir {
     ) -> io::Result<(Self, DirLock)> {
         let parent = all(root);
         private().recursive(true).create(&parent)?;
-        let random = uuid::Uuid::new_v4().simple().to_string();
-        let path = parent.join(format!("{}{id}-{}", UNNAMED[0], &random[..8]));
-        let dir = Self { path };
-        let make = || {
-            private().create(&dir.path)?;
-            private().create(dir.disk())?;
-            dir.try_lock()?.ok_or(io::ErrorKind::WouldBlock.into())
-        };
-        match faults.call("make the sandbox directory", make) {
-            Ok(lock) => Ok((dir, lock)),
-            Err(error) => {
-                let _ = std::fs::remove_dir_all(&dir.path);
-                Err(error)
+        loop {
+            let random = uuid::Uuid::new_v4().simple().to_string();
+            let path = parent.join(format!("{}{id}-{}", UNNAMED[0], &random[..8]));
+            let dir = Self { path };
+            let make = || {
+                private().create(&dir.path)?;
+                let lock = dir.try_lock_unnamed()?;
+                lock.map(|lock| private().create(dir.disk()).map(|()| lock))
+                    .transpose()
+            };
+            match faults.call("make the sandbox directory", make) {
+                Ok(Some(lock)) => return Ok((dir, lock)),
+                Ok(None) => {}
+                Err(error) => {
+                    let _ = std::fs::remove_dir_all(&dir.path);
+                    return Err(error);
+                }
             }
+        }
+    }
+
+    /// The lock of a directory without a name; `None` where somebody else has it, or had it and
+    /// has removed the directory.
+    fn try_lock_unnamed(&self) -> io::Result<Option<DirLock>> {
+        match self.try_lock() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            other => other,
         }
     }
 
@@ -166,7 +181,10 @@ impl SandboxDir {
 
     /// Whether the lock can be had at once. `NotFound` where the sandbox is gone.
     pub(crate) fn try_lock(&self) -> io::Result<Option<DirLock>> {
-        let file = self.open_lock()?;
+        self.try_lock_on(self.open_lock()?)
+    }
+
+    fn try_lock_on(&self, file: File) -> io::Result<Option<DirLock>> {
         loop {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return self.checked(file).map(Some),
@@ -234,8 +252,46 @@ impl SandboxDir {
             other => other?,
         }
         // From here on a failure leaves something that every recovery removes.
-        std::fs::remove_dir_all(&gone)
+        remove_tree(&gone).map(drop)
     }
+}
+
+/// Removes a directory without a name, unless somebody is at work on it or it is gone. Whether
+/// it did.
+pub(crate) fn remove_unnamed(path: &Path) -> io::Result<bool> {
+    let dir = SandboxDir {
+        path: path.to_owned(),
+    };
+    if has_prefix(path, UNNAMED[1]) {
+        // Its lock file goes with the rest of it. A new one would only keep it from going.
+        let lock = match File::open(dir.lock_file()) {
+            Ok(file) => dir.try_lock_on(file),
+            Err(error) => Err(error),
+        };
+        return match lock {
+            Ok(None) => Ok(false),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => remove_tree(path),
+        };
+    }
+    // With the lock, or its maker could be about to take it.
+    match dir.try_lock_unnamed()? {
+        Some(_lock) => dir.remove().map(|()| true),
+        None => Ok(false),
+    }
+}
+
+/// Removes a directory and all in it, perhaps while somebody else does. Whether it was there.
+fn remove_tree(path: &Path) -> io::Result<bool> {
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        other => other.map(|()| true),
+    }
+}
+
+fn has_prefix(path: &Path, prefix: &str) -> bool {
+    let name = path.file_name().unwrap_or_default();
+    name.as_encoded_bytes().starts_with(prefix.as_bytes())
 }
 
 /// What lies in the directory of all sandboxes.
@@ -243,7 +299,7 @@ impl SandboxDir {
 pub(crate) struct Listing {
     /// Sandboxes.
     pub(crate) ids: Vec<SandboxId>,
-    /// Directories without a name that nobody holds: left by somebody who died.
+    /// Directories without a name: of somebody at work, or left by somebody who died.
     pub(crate) unnamed: Vec<PathBuf>,
     /// Whatever else there is.
     pub(crate) foreign: Vec<PathBuf>,
@@ -258,18 +314,11 @@ pub(crate) fn list(root: &Path) -> io::Result<Listing> {
     };
     for entry in entries {
         let entry = entry?;
-        let name = entry.file_name();
-        let name = name.to_string_lossy();
         let path = entry.path();
-        if UNNAMED.iter().any(|prefix| name.starts_with(prefix)) {
-            // Whoever makes one holds its lock; one without a lock file is being removed or
-            // was never finished.
-            let dir = SandboxDir { path: path.clone() };
-            let held = dir.lock_file().exists() && matches!(dir.try_lock(), Ok(None));
-            if !held {
-                listing.unnamed.push(path);
-            }
-        } else if let Ok(id) = SandboxId::new(name.as_ref())
+        let name = entry.file_name();
+        if UNNAMED.iter().any(|prefix| has_prefix(&path, prefix)) {
+            listing.unnamed.push(path);
+        } else if let Ok(id) = SandboxId::new(name.to_string_lossy())
             && path.is_dir()
         {
             listing.ids.push(id);
@@ -289,6 +338,7 @@ pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::time::Duration;
 
     struct Scratch(PathBuf);
@@ -313,18 +363,17 @@ mod tests {
         let scratch = Scratch::new("birth");
         let (dir, lock) = SandboxDir::unnamed(&scratch.0, &id("a1"), &Faults::NONE).unwrap();
         assert!(list(&scratch.0).unwrap().ids.is_empty());
-        assert!(list(&scratch.0).unwrap().unnamed.is_empty(), "it is held");
+        assert_eq!(list(&scratch.0).unwrap().unnamed, [dir.path().to_owned()]);
+        assert!(!remove_unnamed(dir.path()).unwrap(), "it is held");
         let named = dir.name(&scratch.0, &id("a1")).unwrap();
         assert!(named.try_lock().unwrap().is_none());
         assert_eq!(list(&scratch.0).unwrap().ids, [id("a1")]);
         let (other, _) = SandboxDir::unnamed(&scratch.0, &id("a1"), &Faults::NONE).unwrap();
         let (other, error) = other.name(&scratch.0, &id("a1")).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
-        assert_eq!(
-            list(&scratch.0).unwrap().unnamed,
-            [other.path().to_owned()],
-            "nobody holds it any more"
-        );
+        assert!(remove_unnamed(other.path()).unwrap(), "nobody holds it");
+        assert!(!remove_unnamed(other.path()).unwrap(), "it is gone");
+        assert!(list(&scratch.0).unwrap().unnamed.is_empty());
         drop(lock);
         assert!(named.try_lock().unwrap().is_some());
     }
@@ -363,6 +412,56 @@ mod tests {
         dir.remove().unwrap();
         dir.remove().unwrap();
         assert_eq!(std::fs::read_dir(all(&scratch.0)).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_being_made_and_removed_is_nobodys_leftover() {
+        let scratch = Scratch::new("sweeps");
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        for path in list(&scratch.0).unwrap().unnamed {
+                            remove_unnamed(&path).unwrap();
+                        }
+                    }
+                });
+            }
+            let ended = scope.spawn(|| {
+                for number in 0..500 {
+                    let name = id(&format!("n{number}"));
+                    let (dir, _lock) =
+                        SandboxDir::unnamed(&scratch.0, &name, &Faults::NONE).unwrap();
+                    std::fs::write(dir.journal(), "x").unwrap();
+                    let dir = dir.name(&scratch.0, &name).unwrap();
+                    assert!(dir.disk().is_dir() && dir.journal().exists());
+                    dir.remove().unwrap();
+                }
+            });
+            let ended = ended.join();
+            done.store(true, Ordering::Relaxed);
+            ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        });
+        assert_eq!(std::fs::read_dir(all(&scratch.0)).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_was_left_by_the_dead_is_removed_however_far_they_came() {
+        let scratch = Scratch::new("dead");
+        let parent = all(&scratch.0);
+        let bare = [".new-a-00000000", ".gone-0000000000000000"].map(|name| parent.join(name));
+        let locked = [".new-b-00000000", ".gone-1111111111111111"].map(|name| parent.join(name));
+        for path in bare.iter().chain(&locked) {
+            std::fs::create_dir_all(path.join("disk")).unwrap();
+        }
+        for path in &locked {
+            std::fs::write(path.join("lock"), "").unwrap();
+        }
+        for path in bare.iter().chain(&locked) {
+            assert!(remove_unnamed(path).unwrap(), "{}", path.display());
+        }
+        assert_eq!(std::fs::read_dir(&parent).unwrap().count(), 0);
     }
 
     #[test]

@@ -111,9 +111,9 @@ pub(crate) fn recover(ctx: &Arc<Context>, asked: Deadline) -> Result<Census, Err
     let mut census = census.into_inner().unwrap_or_else(PoisonError::into_inner);
     census.sort();
     for path in listing.unnamed {
-        match std::fs::remove_dir_all(&path) {
-            Ok(()) => census.swept.push(format!("directory {}", path.display())),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        match dir::remove_unnamed(&path) {
+            Ok(true) => census.swept.push(format!("directory {}", path.display())),
+            Ok(false) => {}
             Err(error) => census.remains.push(Remains::File(path, error)),
         }
     }
