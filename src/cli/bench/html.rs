@@ -153,6 +153,8 @@ impl Context<'_> {
             "p90",
             "p99",
             "max",
+            "ready p50",
+            "ready p99",
             "per s and core",
         ] {
             let _ = write!(page, "<th>{name}</th>");
@@ -179,6 +181,12 @@ impl Context<'_> {
                 }
                 None => page.push_str("<td>-</td><td>-</td><td>-</td><td>-</td><td>-</td>"),
             }
+            match row.ready {
+                Some(it) => {
+                    let _ = write!(page, "<td>{:.3}</td><td>{:.3}</td>", it.p50, it.p99);
+                }
+                None => page.push_str("<td>-</td><td>-</td>"),
+            }
             let throughput = row
                 .throughput
                 .map_or("-".to_owned(), |it| format!("{it:.1}"));
@@ -186,7 +194,8 @@ impl Context<'_> {
         }
         page.push_str(
             "</table></div>\n<p class=\"note\">For the floor: until the API and the \
-             guest have answered once; it calls no /init. Percentiles are measured samples \
+             guest have answered once; it calls no /init, so what can be set against it is \
+             ready, when envd answered first. Percentiles are measured samples \
              (nearest rank).</p>\n",
         );
     }

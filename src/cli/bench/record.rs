@@ -6,6 +6,7 @@ use std::io::{self, BufRead, Write};
 use std::path::Path;
 use std::process::Command;
 
+use rewake::timeline::Phase;
 use serde::{Deserialize, Serialize};
 
 /// The word that every line of a run without the real thing carries.
@@ -293,6 +294,13 @@ pub(super) fn by_variant(lines: &[Line]) -> Vec<(Variant, Vec<&Sample>)> {
 /// The times of those that did not fail.
 pub(super) fn times(samples: &[&Sample]) -> Vec<f64> {
     samples.iter().filter_map(|sample| sample.ms).collect()
+}
+
+/// When a phase was reached, in those samples that reached it and did not fail later.
+pub(super) fn reached(samples: &[&Sample], phase: Phase) -> Vec<f64> {
+    let came = samples.iter().filter(|sample| sample.ms.is_some());
+    came.filter_map(|sample| sample.phases.get(phase.name()).copied())
+        .collect()
 }
 
 pub(super) fn failures(samples: &[&Sample]) -> usize {

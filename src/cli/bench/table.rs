@@ -3,10 +3,12 @@
 use std::io::{self, IsTerminal as _, Write as _};
 use std::time::{Duration, Instant};
 
-use super::record::{Line, Variant, by_variant, failures, times};
+use rewake::timeline::Phase;
+
+use super::record::{Line, Variant, by_variant, failures, reached, times};
 use super::stats::Summary;
 
-const HEADER: [&str; 10] = [
+const HEADER: [&str; 12] = [
     "variant",
     "n",
     "failed",
@@ -16,6 +18,8 @@ const HEADER: [&str; 10] = [
     "p99",
     "max",
     "p50 rel.",
+    "ready p50",
+    "ready rel.",
     "per s and core",
 ];
 
@@ -26,6 +30,9 @@ pub(super) struct Row {
     pub(super) variant: Variant,
     pub(super) failures: usize,
     pub(super) total: Option<Summary>,
+    /// Until envd answered for the first time, which is where the floor ends and the others
+    /// go on to `/init`.
+    pub(super) ready: Option<Summary>,
     /// How long each phase took, from the one before it, in the order of time.
     pub(super) phases: Vec<(String, Summary)>,
     /// Guests a second and core, of batches of several.
@@ -47,6 +54,7 @@ pub(super) fn rows(lines: &[Line]) -> Vec<Row> {
                 name: variant.name(),
                 failures: failures(&samples),
                 total: Summary::of(&times(&samples)),
+                ready: Summary::of(&reached(&samples, Phase::Ready)),
                 phases: phases(&samples),
                 throughput: (seconds > 0.0).then(|| came / seconds / cores),
                 variant,
@@ -108,34 +116,34 @@ fn phases(samples: &[&super::record::Sample]) -> Vec<(String, Summary)> {
 /// The table as lines of text. Medians are set against the first row's under the same
 /// circumstances.
 pub(super) fn text(rows: &[Row]) -> Vec<String> {
-    let reference = |of: &Variant| {
+    // Of what a row is measured by: its own and the first one's under the same circumstances.
+    let relative = |of: &Row, what: fn(&Row) -> Option<Summary>| {
         let mut alike = rows
             .iter()
-            .filter(|row| row.variant.circumstances() == of.circumstances());
-        alike.find_map(|row| row.total).map(|it| it.p50)
+            .filter(|row| row.variant.circumstances() == of.variant.circumstances());
+        let (own, first) = what(of).zip(alike.find_map(what))?;
+        Some(format!("{:.2}", own.p50 / first.p50))
     };
+    let none = || "-".to_owned();
     let mut cells = vec![HEADER.map(str::to_owned).to_vec()];
     cells.extend(rows.iter().map(|row| {
-        let number = |value: fn(&Summary) -> f64| {
-            let total = row.total.as_ref();
-            total.map_or_else(|| "-".to_owned(), |it| format!("{:.3}", value(it)))
+        let number = |summary: Option<Summary>, value: fn(&Summary) -> f64| {
+            summary.map_or_else(none, |it| format!("{:.3}", value(&it)))
         };
-        let relative = row.total.zip(reference(&row.variant));
+        let total = |value| number(row.total, value);
         vec![
             row.name.clone(),
             row.total.map_or(0, |it| it.n).to_string(),
             row.failures.to_string(),
-            number(|it| it.min),
-            number(|it| it.p50),
-            number(|it| it.p90),
-            number(|it| it.p99),
-            number(|it| it.max),
-            relative.map_or_else(
-                || "-".to_owned(),
-                |(it, p50)| format!("{:.2}", it.p50 / p50),
-            ),
-            row.throughput
-                .map_or_else(|| "-".to_owned(), |it| format!("{it:.1}")),
+            total(|it| it.min),
+            total(|it| it.p50),
+            total(|it| it.p90),
+            total(|it| it.p99),
+            total(|it| it.max),
+            relative(row, |row| row.total).unwrap_or_else(none),
+            number(row.ready, |it| it.p50),
+            relative(row, |row| row.ready).unwrap_or_else(none),
+            row.throughput.map_or_else(none, |it| format!("{it:.1}")),
         ]
     }));
     align(&cells)
@@ -264,6 +272,8 @@ mod tests {
         assert_eq!(words(2)[5..8], ["10", "1", "4.000"], "{text:?}");
         assert_eq!(words(3)[5..8], ["0", "1", "-"], "{text:?}");
         assert_eq!(words(2)[12], "1.33", "medians 8 and 6");
+        assert_eq!(words(2)[13..15], ["8.000", "1.33"], "{text:?}");
+        assert_eq!(words(3)[13..15], ["-", "-"], "{text:?}");
         assert!(rows[2].phases.is_empty());
     }
 
@@ -281,6 +291,19 @@ mod tests {
         assert!((throughput(&lines) - 2.0).abs() < 1e-9);
         lines[3].sample.ms = None;
         assert!((throughput(&lines) - 1.5).abs() < 1e-9);
+    }
+
+    #[test]
+    fn until_ready_is_where_envd_answered_and_not_the_end() {
+        let mut lines = vec![line("rewake", "v53.0", 0, Some(6.0))];
+        let phases = &mut lines[0].sample.phases;
+        phases.insert("ready".to_owned(), 4.0);
+        phases.insert("init_done".to_owned(), 6.0);
+        lines.push(line("rewake", "v53.0", 1, None));
+        let rows = rows(&lines);
+        let ready = rows[0].ready.unwrap();
+        assert_eq!((ready.n, ready.p50), (1, 4.0));
+        assert_eq!(rows[0].total.unwrap().p50, 6.0);
     }
 
     #[test]
