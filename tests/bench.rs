@@ -256,6 +256,41 @@ fn root_a_snapshot_grows_old_before_it_is_restored() {
     assert!(samples.iter().all(|it| it["ms"].is_f64()), "{samples:?}");
 }
 
+#[test]
+fn root_programs_learn_when_a_guest_was_ready_and_what_waiting_for_it_costs() {
+    let test = "root_programs_learn_when_a_guest_was_ready_and_what_waiting_for_it_costs";
+    let Some(scratch) = Scratch::new(test) else {
+        return;
+    };
+    let arguments = [
+        "--stand-in",
+        "--json",
+        "--against=floor",
+        "--pools=on",
+        "--iterations=2",
+        "--warm-up=0",
+        "--ram=32",
+        "--disk=none",
+    ];
+    let output = scratch.bench(&arguments);
+    assert!(output.status.success(), "{}", words(&output));
+    let document: Value = serde_json::from_slice(&output.stdout).unwrap();
+    // A process takes some pages at least, and not the guest's memory.
+    let cost = document["kit_private_bytes"].as_u64().unwrap();
+    assert!((4096..32 << 20).contains(&cost), "{cost}");
+    let variants = document["variants"].as_array().unwrap();
+    assert_eq!(variants.len(), 2);
+    for variant in variants {
+        let p50 = |what: &str| variant[what]["p50"].as_f64().unwrap();
+        assert!(p50("ready") <= p50("total"), "{variant}");
+        // Ours goes on to `/init`.
+        let goes_on = variant["variant"]["arm"] == "rewake";
+        assert!(!goes_on || p50("ready") < p50("total"), "{variant}");
+        assert_eq!(variant["ready"]["n"], 2, "{variant}");
+    }
+    scratch.assert_nothing_left();
+}
+
 /// What lies in memory cannot be dropped from the page cache: a time would not be a cold one.
 #[test]
 fn root_nothing_in_memory_is_measured_as_cold() {

@@ -15,6 +15,15 @@ use serde_json::json;
 
 use super::{Failure, Global, report};
 
+/// What `--json` prints of a disk that stands.
+const ATTACHED_KEYS: &str = "JSON: id, path, kind, bytes, base, milliseconds";
+const SHOW_KEYS: &str = "\
+JSON: disks, a list of
+  id, path (null while detached), open_count, sharers (disks on the same image),
+  record: null, or version, kind, base, store_bytes
+  used_bytes, total_bytes, filesystem_free_bytes, state (healthy, pressure, overflowed,
+    invalid): null while detached";
+
 #[derive(Debug, Args)]
 pub(super) struct DiskArgs {
     /// Where the disks' stores and records are
@@ -33,6 +42,7 @@ pub(super) struct DiskArgs {
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Make a disk of a base image, which is shared and never written to
+    #[command(after_long_help = ATTACHED_KEYS)]
     Create {
         /// The base image: a raw image file
         #[arg(value_name = "IMAGE")]
@@ -48,16 +58,19 @@ enum Action {
         store_mib: Option<u64>,
     },
     /// Attach a disk that was made before
+    #[command(after_long_help = ATTACHED_KEYS)]
     Attach {
         /// The disk
         id: SandboxId,
     },
     /// List disks: how full they are, what they stand on, who shares that
+    #[command(after_long_help = SHOW_KEYS)]
     Show {
         /// One disk only
         id: Option<SandboxId>,
     },
     /// Write a disk as it is now to an image that stands alone; its VM must not run
+    #[command(after_long_help = "JSON: image, bytes")]
     Flatten {
         /// The disk
         id: SandboxId,
@@ -66,6 +79,7 @@ enum Action {
         to: PathBuf,
     },
     /// Remove a disk and what was written to it; its VM must have ended
+    #[command(after_long_help = "JSON: removed, or detached with --keep: the id")]
     Remove {
         /// The disk
         id: SandboxId,

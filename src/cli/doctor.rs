@@ -12,7 +12,14 @@ use rewake::resource::net::{HostNet, NetConfig};
 
 use super::{Failure, Global, report};
 
+/// What `--json` prints of findings.
+pub(super) const FINDING_KEYS: &str = "\
+JSON: findings, a list of
+  name, status (good, degraded, missing), detail (what was found),
+  remedy (how to mend it; empty where there is nothing to mend)";
+
 #[derive(Debug, Args)]
+#[command(after_long_help = FINDING_KEYS)]
 pub(super) struct DoctorArgs {
     /// The cloud-hypervisor binary [default: looked up on PATH]
     #[arg(long, value_name = "PATH")]

@@ -171,6 +171,25 @@ mod tests {
     }
 
     #[test]
+    fn every_command_says_what_its_document_has() {
+        fn check(command: &clap::Command, wordless: &[&str]) {
+            let name = command.get_name();
+            if wordless.contains(&name) {
+                return;
+            }
+            let mut parts = command.get_subcommands().peekable();
+            // `bench` does something itself beside those.
+            if parts.peek().is_none() || name == "bench" {
+                let help = command.get_after_long_help().map(ToString::to_string);
+                assert!(help.is_some_and(|it| it.contains("JSON")), "{name}");
+            }
+            parts.for_each(|part| check(part, wordless));
+        }
+        let command = <Cli as clap::CommandFactory>::command();
+        check(&command, &["completion", "man", "report"]);
+    }
+
+    #[test]
     fn variables_are_told_from_other_words() {
         assert_eq!(pair("A=b=c"), Ok(("A".to_owned(), "b=c".to_owned())));
         for bad in ["A", "=b", ""] {

@@ -10,7 +10,17 @@ use rewake::resource::net::{HostNet, NetConfig};
 use rewake::resource::slot::{SlotError, SlotRecord};
 use serde_json::json;
 
+use super::doctor::FINDING_KEYS;
 use super::{Failure, Global, report};
+
+const SHOW_KEYS: &str = "\
+JSON: slots, a list of
+  slot: its index
+  record: null, or token, owner, holder and vmm (null, or pid and start_time), parked (kept for
+    a sandbox that is paused), steps (what exists in the kernel because of it)";
+const SWEEP_KEYS: &str = "\
+JSON: reclaimed, in_use and parked (indices), stuck (what could not be removed, in words),
+  foreign (what is there and nobody's)";
 
 /// The owner in the records of slots made here.
 const OWNER: &str = "by-hand";
@@ -30,18 +40,24 @@ pub(super) struct NetArgs {
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Build a slot and leave it standing
+    #[command(
+        after_long_help = "JSON: slot, netns, veth, host_address, inside_address, milliseconds"
+    )]
     Create {
         /// Its index [default: the next free one]
         index: Option<u16>,
     },
     /// List the slots and what is on record about them
+    #[command(after_long_help = SHOW_KEYS)]
     Show {
         /// One slot only
         index: Option<u16>,
     },
     /// Look whether the host and its slots are as they should be
+    #[command(after_long_help = FINDING_KEYS)]
     Check,
     /// Remove a slot that nobody uses
+    #[command(after_long_help = "JSON: removed: the index")]
     Remove {
         /// Its index
         index: u16,
@@ -50,6 +66,7 @@ enum Action {
         force: bool,
     },
     /// Remove all slots whose owner and VMM are dead
+    #[command(after_long_help = SWEEP_KEYS)]
     Sweep,
 }
 

@@ -18,7 +18,13 @@ use rewake::vmm::launch::LaunchSpec;
 
 use super::{Failure, Global, report};
 
+const KEYS: &str = "\
+JSON: sandbox_id, pid, start_time, api_socket, vm_dir, vmm_version, vmm_build, stand_in,
+  memory_mode, memory_bytes, agent (family, version), lifecycle_id (null with --no-init),
+  timeline (phases, each with phase and at_us, and notes)";
+
 #[derive(Debug, Args)]
+#[command(after_long_help = KEYS)]
 pub(super) struct RestoreArgs {
     /// The snapshot directory: config.json, state.json, memory-ranges
     #[arg(value_name = "DIR")]

@@ -9,7 +9,15 @@ use super::record::{self, Line, Machine, Variant};
 use super::stats::{Difference, Summary};
 use crate::cli::{Failure, Global, report};
 
+const KEYS: &str = "\
+JSON: before and after (the machine of each), differing (what else is not the same, or null),
+  variants, a list of
+    name, variant (what was varied), result: verdict (slower, faster, unchanged, failing,
+      unknown), before and after (n, min, p50, p90, p99 and max, in milliseconds; failures where
+      it is failing), difference (ratio of the medians, low and high of 99 % of it, p)";
+
 #[derive(Debug, Args)]
+#[command(after_long_help = KEYS)]
 pub(in crate::cli) struct CompareArgs {
     /// The samples of the run before: a file that --out wrote, or a baseline that `cargo
     /// bench -- --save-baseline NAME` saved, as target/criterion/NAME

@@ -33,8 +33,20 @@ use rewake::resource::disk::{DiskKind, DiskMode};
 use super::{Failure, Global};
 use arms::Rival;
 
+const KEYS: &str = "\
+JSON: machine (commit, kernel, cpu, cores, vmm, vmm_kind, build), stand_in, seed, remarks,
+  kit_private_bytes (what a process that waits has of its own; null without pools),
+  variants, a list of
+    name, variant (what was varied), failures, throughput (guests a second and core, or null),
+    total and ready (until the end, and until envd answered first; null where none came):
+      n, min, p50, p90, p99 and max, in milliseconds
+    phases: pairs of a name and the same of what lies between it and the one before
+Each line of --out has the keys of machine and variant, and those of one guest:
+  iteration, ms and phases (milliseconds from the call), batch_ms (of all that were made at once),
+  error (why there is no time)";
+
 #[derive(Debug, Args)]
-#[command(args_conflicts_with_subcommands = true)]
+#[command(args_conflicts_with_subcommands = true, after_long_help = KEYS)]
 pub(super) struct BenchArgs {
     #[command(subcommand)]
     command: Option<BenchCommand>,

@@ -8,11 +8,12 @@ use rewake::deadline::Deadline;
 use rewake::ids::SandboxId;
 use rewake::resource::disk::{Disk, DiskMode, DiskStock, DiskStockOptions};
 use rewake::restore::kit::{KitPool, KitPoolOptions, Places, Warm};
+use rewake::units::Bytes;
 
 use super::arms::ours;
 use super::run::LeftOver;
 use super::stage::{Stage, Template};
-use crate::cli::{Failure, Global};
+use crate::cli::Failure;
 
 /// For filling and emptying a pool.
 const FILL_BUDGET: Duration = Duration::from_secs(120);
@@ -88,13 +89,11 @@ impl Pools {
         taken.ok_or_else(|| Exhausted("disk").into())
     }
 
-    pub(super) fn say_cost(&self, global: Global) {
+    /// How much memory of its own a process has that waits, on average.
+    pub(super) fn memory_of_a_kit(&self) -> Option<Bytes> {
         let stats = self.kits.stats();
-        if global.json || stats.ready == 0 {
-            return;
-        }
-        let mib = stats.private_memory.0 as f64 / f64::from(1 << 20) / stats.ready as f64;
-        println!("A process that waits in the pool has {mib:.1} MiB of its own.");
+        let each = stats.private_memory.0.checked_div(stats.ready as u64)?;
+        Some(Bytes(each))
     }
 
     pub(super) fn close(self) -> Result<(), Failure> {

@@ -10,6 +10,7 @@ use rewake::plan::MemoryMode;
 use rewake::template::Template as HostTemplate;
 use rewake::timeline::Timeline;
 use rewake::trace::Trace;
+use rewake::units::Bytes;
 
 use super::apart::{self, Place};
 use super::arms::{self, Arm, Job, Launched, millis};
@@ -51,16 +52,16 @@ pub(super) fn run(args: &BenchArgs, global: Global) -> Result<(), Failure> {
     }
     let stage = Stage::set(actor, Ground::take(global)?)?;
     let measured = if args.operation == [Operation::Life] {
-        life::measure(args, global, &stage)
+        life::measure(args, global, &stage).map(|lines| (lines, None))
     } else {
         measure(args, global, &stage)
     };
     let left = stage.strike();
-    let lines = measured?;
+    let (lines, kit) = measured?;
     if !left.is_empty() {
         return Err(LeftOver(left.join(", ")).into());
     }
-    tell(args, global, &lines)
+    tell(args, global, &lines, kit)
 }
 
 /// What the turns of one run share.
@@ -72,22 +73,23 @@ struct Scene<'a> {
     pools: Option<Pools>,
 }
 
-fn measure(args: &BenchArgs, global: Global, stage: &Stage) -> Result<Vec<Line>, Failure> {
+/// What was measured, and how much memory a process has that waits for its launch.
+type Measured = (Vec<Line>, Option<Bytes>);
+
+fn measure(args: &BenchArgs, global: Global, stage: &Stage) -> Result<Measured, Failure> {
     let apart = args.operation.iter().any(|it| *it != Operation::Launch);
     let house = apart.then(|| House::open(stage, args.disk.mode()));
     let house = house.transpose()?;
-    let lines = set(args, stage, house.as_ref()).and_then(|scene| {
+    let measured = set(args, stage, house.as_ref()).and_then(|scene| {
         let lines = rounds(args, global, &scene);
-        if let Some(pools) = scene.pools {
-            pools.say_cost(global);
-            pools.close()?;
-        }
-        lines
+        let kit = scene.pools.as_ref().and_then(Pools::memory_of_a_kit);
+        scene.pools.map_or(Ok(()), Pools::close)?;
+        Ok((lines?, kit))
     });
     if let Some(house) = house {
         house.close(stage);
     }
-    lines
+    measured
 }
 
 /// Makes templates and pools.
@@ -365,7 +367,12 @@ pub(super) fn words(failure: &Failure) -> String {
     report::words(&**error)
 }
 
-fn tell(args: &BenchArgs, global: Global, lines: &[Line]) -> Result<(), Failure> {
+fn tell(
+    args: &BenchArgs,
+    global: Global,
+    lines: &[Line],
+    kit: Option<Bytes>,
+) -> Result<(), Failure> {
     let Some(first) = lines.first() else {
         return Ok(());
     };
@@ -387,6 +394,7 @@ fn tell(args: &BenchArgs, global: Global, lines: &[Line]) -> Result<(), Failure>
             "stand_in": first.machine.is_stand_in(),
             "seed": args.seed,
             "remarks": remarks,
+            "kit_private_bytes": kit.map(|it| it.0),
             "variants": rows,
         }))?;
     } else {
@@ -399,6 +407,13 @@ fn tell(args: &BenchArgs, global: Global, lines: &[Line]) -> Result<(), Failure>
         writeln!(out)?;
         for line in table::phase_text(&rows) {
             writeln!(out, "{line}")?;
+        }
+        if let Some(kit) = kit {
+            let mib = kit.0 as f64 / f64::from(1 << 20);
+            writeln!(
+                out,
+                "A process that waits in the pool has {mib:.1} MiB of its own."
+            )?;
         }
         for remark in remarks {
             writeln!(out, "{remark}")?;

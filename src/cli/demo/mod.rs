@@ -39,7 +39,13 @@ use super::{Failure, Global, report};
 use disk::GuestDisk;
 use place::Network;
 
+const KEYS: &str = "\
+JSON: vmm, stand_in, network, memory_mode, memory_bytes, nonce (the guest's, as it was before),
+  counter_before and counter_after (it went on), timeline,
+  disk: kind, path, recorded_path, image_type, locked, open_count, used_bytes, total_bytes, state";
+
 #[derive(Debug, Args)]
+#[command(after_long_help = KEYS)]
 pub(super) struct DemoArgs {
     /// The cloud-hypervisor binary [default: looked up on PATH]
     #[arg(long, value_name = "PATH")]

@@ -76,6 +76,13 @@ fn users_document(users: &Users) -> Value {
     json!({"vms": users.vms, "disks": users.disks})
 }
 
+/// What `--json` prints of a template.
+pub(super) const TEMPLATE_KEYS: &str =
+    "  name, dir, disk (null, or the image), memory (the image), memory_allocated_bytes,
+  working_set: null, or bytes and extents; or error
+  manifest: format, name, created, kind (built, imported, snapshot), vmm, host, guest_kernel,
+    vcpus, memory, config_sha256, state_sha256, disk, disk_path, agent, lineage";
+
 /// The manifest, and where things are.
 pub(super) fn template_document(template: &Template) -> Value {
     json!({

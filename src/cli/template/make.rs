@@ -24,9 +24,10 @@ use rewake::vmm::launch::LaunchSpec;
 use super::super::host::HostArgs;
 use super::super::restore::VmmArgs;
 use super::super::{Failure, Global, disk, report};
-use super::list::template_document;
+use super::list::{TEMPLATE_KEYS, template_document};
 
 #[derive(Debug, Args)]
+#[command(after_long_help = ["JSON:\n", TEMPLATE_KEYS, "\n  milliseconds"].concat())]
 pub(super) struct BuildArgs {
     /// The template's name
     name: TemplateId,
@@ -79,6 +80,7 @@ pub(super) struct BuildArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_long_help = ["JSON:\n", TEMPLATE_KEYS, "\n  milliseconds"].concat())]
 pub(super) struct ImportArgs {
     /// The template's name
     name: TemplateId,

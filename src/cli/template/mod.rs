@@ -13,8 +13,13 @@ use rewake::ids::TemplateId;
 use rewake::template::{BuildError, ImportError, TemplateError, TemplateStore};
 use serde_json::json;
 
+use list::TEMPLATE_KEYS;
+
 use super::host::HostArgs;
 use super::{Failure, Global, report};
+
+/// Who uses a template, after its own keys.
+const USERS: &str = "\n  users: vms and disks";
 
 #[derive(Debug, Args)]
 pub(super) struct TemplateArgs {
@@ -31,8 +36,12 @@ enum Action {
     /// Adopt a snapshot directory of Cloud Hypervisor or of a Wrenn host
     Import(make::ImportArgs),
     /// List templates
+    #[command(after_long_help = ["JSON: templates, a list of\n", TEMPLATE_KEYS, USERS,
+        "\n  or name, error and users, where it is damaged"].concat())]
     Ls,
     /// Show one template, and whether it is whole and can run here
+    #[command(after_long_help = ["JSON:\n", TEMPLATE_KEYS, USERS,
+        "\n  usable (whether it can run here), problem (null, or why not)"].concat())]
     Show {
         /// The template
         name: TemplateId,
@@ -41,6 +50,7 @@ enum Action {
         vmm: Option<PathBuf>,
     },
     /// Remove templates that nobody uses
+    #[command(after_long_help = "JSON: removed: the names")]
     Rm {
         /// The templates
         #[arg(value_name = "NAME", required = true)]
