@@ -26,10 +26,8 @@ pub(crate) const UNDO_BUDGET: Duration = Duration::from_secs(20);
 const EXEC_BUDGET: Duration = Duration::from_secs(2);
 const EXEC_LOOK: Duration = Duration::from_millis(20);
 
-/// How long a sweep may take to remove a slot, and how often it is looked for: there is nothing
-/// that could be waited for with a limit.
+/// How long a sweep may take to remove a slot.
 const SWEEP_BUDGET: Duration = Duration::from_secs(2);
-const SWEEP_LOOK: Duration = Duration::from_millis(1);
 
 /// A sandbox, locked.
 #[derive(Debug)]
@@ -181,16 +179,9 @@ impl Hold {
                 leftovers: Vec::new(),
             })
         };
+        // Since its VM has ended, whoever sweeps may be about to remove it.
         let patience = deadline.within(SWEEP_BUDGET);
-        let adopted = loop {
-            match net.slots().adopt(index) {
-                // Since its VM has ended, whoever sweeps may be about to remove it.
-                Err(SlotError::InUse(_)) if !patience.has_passed() => {
-                    std::thread::sleep(SWEEP_LOOK);
-                }
-                other => break other,
-            }
-        };
+        let adopted = net.slots().adopt_within(index, patience, || true);
         let lease: SlotLease = match adopted {
             Ok(lease) => lease,
             Err(SlotError::Free(_)) => return Ok(()),

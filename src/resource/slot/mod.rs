@@ -35,6 +35,8 @@ const PROBES: u16 = 8;
 const HINT: &str = "next";
 /// No sweep looks at a slot that is kept for longer.
 const LOOK_BUDGET: Duration = Duration::from_millis(100);
+/// How often a slot is tried that somebody has in hand: a look of a sweep is over sooner.
+const LOOK: Duration = Duration::from_micros(100);
 
 /// Why there is no slot.
 #[derive(Debug, thiserror::Error)]
@@ -185,17 +187,27 @@ impl Slots {
     }
 
     /// [`Slots::adopt`] for its owner, whom a sweep that looks at it keeps from it for a moment
-    /// only: there is no event to wait for.
+    /// only.
     fn adopt_kept(&self, index: SlotIndex, owner: &str) -> Result<SlotLease, SlotError> {
-        let patience = Deadline::after(LOOK_BUDGET);
         let is_kept = || {
             let record = self.record(index).ok().flatten();
             record.is_some_and(|record| record.parked && record.owner == owner)
         };
+        self.adopt_within(index, Deadline::after(LOOK_BUDGET), is_kept)
+    }
+
+    /// [`Slots::adopt`], waiting for whoever has the slot in hand while it is worth while:
+    /// there is nothing that could be waited for with a limit.
+    pub(crate) fn adopt_within(
+        &self,
+        index: SlotIndex,
+        patience: Deadline,
+        is_worth_while: impl Fn() -> bool,
+    ) -> Result<SlotLease, SlotError> {
         loop {
             match self.adopt(index) {
-                Err(SlotError::InUse(_)) if is_kept() && !patience.has_passed() => {
-                    std::thread::yield_now();
+                Err(SlotError::InUse(_)) if is_worth_while() && !patience.has_passed() => {
+                    std::thread::sleep(LOOK);
                 }
                 other => return other,
             }
