@@ -1,10 +1,12 @@
 //! The directory of one running VM: its API socket, its vsock socket, and the snapshot that
 //! CH is given.
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::ids::SandboxId;
+use crate::resource::claim;
 use crate::resource::ledger::{Ledger, Step};
 use crate::resource::private::private;
 
@@ -43,14 +45,32 @@ impl VmDir {
     /// # Errors
     /// What `mkdir` says; nothing is left then.
     pub fn create(&self, ledger: &mut Ledger) -> io::Result<()> {
-        if let Some(parent) = self.path.parent() {
-            private().recursive(true).create(parent)?;
-        }
+        self.make(ledger, |_| private().create(&self.path))
+    }
+
+    /// The same with a file in it that is locked for as long as the result is open.
+    ///
+    /// # Errors
+    /// Those of [`VmDir::create`], and of the file; nothing is left then.
+    pub(super) fn create_claimed(&self, claim: &str, ledger: &mut Ledger) -> io::Result<File> {
+        let name = self.path.file_name().unwrap_or_default();
+        let name = name.to_string_lossy();
+        self.make(ledger, |parent| claim::make(parent, &name, claim))
+    }
+
+    fn make<T>(
+        &self,
+        ledger: &mut Ledger,
+        make: impl FnOnce(&Path) -> io::Result<T>,
+    ) -> io::Result<T> {
+        // Invariant: it was chosen in a directory.
+        let parent = self.path.parent().unwrap_or(Path::new("/"));
+        private().recursive(true).create(parent)?;
         let step = Step::Directory {
             path: self.path.clone(),
         };
         ledger.push(step.clone());
-        private().create(&self.path).inspect_err(|_| {
+        make(parent).inspect_err(|_| {
             // Whatever is there is not ours.
             ledger.forget(&step);
         })

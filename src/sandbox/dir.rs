@@ -12,9 +12,8 @@
 //! A directory gets its name when its journal and lock are in it, and loses the name before
 //! anything in it is removed: what bears a sandbox's name is whole.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 
@@ -24,12 +23,13 @@ use rustix::io::Errno;
 use crate::deadline::Deadline;
 use crate::fault::Faults;
 use crate::ids::SandboxId;
+use crate::resource::claim;
 use crate::resource::private::private;
 
 /// Beneath the root.
 const SANDBOXES: &str = "sandboxes";
 /// What directories are called that have no name yet, and no name any more.
-const UNNAMED: [&str; 2] = [".new-", ".gone-"];
+const UNNAMED: [&str; 2] = [claim::UNNAMED, ".gone-"];
 
 /// Where sandboxes live.
 #[must_use]
@@ -170,29 +170,14 @@ impl SandboxDir {
         self.path.join("lock")
     }
 
-    fn open_lock(&self) -> io::Result<File> {
-        OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(self.lock_file())
-    }
-
     /// Whether the lock can be had at once. `NotFound` where the sandbox is gone.
     pub(crate) fn try_lock(&self) -> io::Result<Option<DirLock>> {
-        self.try_lock_on(self.open_lock()?)
+        self.try_lock_on(claim::open(&self.lock_file())?)
     }
 
     fn try_lock_on(&self, file: File) -> io::Result<Option<DirLock>> {
-        loop {
-            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => return self.checked(file).map(Some),
-                Err(Errno::WOULDBLOCK) => return Ok(None),
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
+        let locked = claim::lock(file, &self.lock_file())?;
+        Ok(locked.map(|file| DirLock { file }))
     }
 
     /// Waits for the lock; `None` once the deadline has passed.
@@ -203,7 +188,7 @@ impl SandboxDir {
         if let Some(lock) = self.try_lock()? {
             return Ok(Some(lock));
         }
-        let file = self.open_lock()?;
+        let file = claim::open(&self.lock_file())?;
         let (sender, receiver) = mpsc::sync_channel(1);
         std::thread::Builder::new()
             .name("rw-lock".to_owned())
@@ -230,9 +215,7 @@ impl SandboxDir {
 
     /// The lock counts only if its file is still the one under the sandbox's name.
     fn checked(&self, file: File) -> io::Result<DirLock> {
-        let there = std::fs::metadata(self.lock_file())?;
-        let ours = file.metadata()?;
-        if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) {
+        if claim::is_at(&file, &self.lock_file()) {
             Ok(DirLock { file })
         } else {
             Err(io::ErrorKind::NotFound.into())

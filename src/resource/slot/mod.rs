@@ -14,18 +14,17 @@ mod record;
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rewake_sys::CallError;
-use rustix::fs::FlockOperation;
-use rustix::io::Errno;
 
 use self::record::read_record;
 use crate::deadline::Deadline;
 use crate::fault::Faults;
 use crate::ids::SlotIndex;
+use crate::resource::claim::{is_at, is_locked};
 
 pub use self::lease::{SlotLease, StillHeld, release_by_token};
 pub use self::record::{ProcessIdentity, SlotRecord};
@@ -372,21 +371,9 @@ fn file_error(what: &'static str, path: &Path, source: io::Error) -> SlotError {
 
 /// Whether the lock could be had at once.
 fn lock(file: &File, path: &Path) -> Result<bool, SlotError> {
-    loop {
-        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(true),
-            Err(Errno::WOULDBLOCK) => return Ok(false),
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(file_error("lock the slot file", path, errno.into())),
-        }
-    }
-}
-
-/// Whether the open file is still the one at `path`, and not one removed meanwhile.
-fn is_at(file: &File, path: &Path) -> bool {
-    match (file.metadata(), std::fs::metadata(path)) {
-        (Ok(ours), Ok(there)) => (ours.dev(), ours.ino()) == (there.dev(), there.ino()),
-        _ => false,
+    match is_locked(file) {
+        Ok(held) => Ok(!held),
+        Err(error) => Err(file_error("lock the slot file", path, error)),
     }
 }
 

@@ -28,12 +28,11 @@ mod sweep;
 
 use std::ffi::OsStr;
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,7 +41,6 @@ use std::time::{Duration, Instant};
 use mio::Poll;
 use rewake_sys::error::Named;
 use rewake_sys::{CallError, netns};
-use rustix::fs::FlockOperation;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 pub use pool::{KitPool, KitPoolOptions, KitPoolStats, Places, Warm};
@@ -172,13 +170,11 @@ impl Kit {
     ) -> Result<Self, KitError> {
         let mut ledger = Ledger::new();
         let vm_dir = VmDir::choose(runtime_dir, &kit_name());
-        vm_dir
-            .create(&mut ledger)
-            .map_err(|source| KitError::File {
-                path: vm_dir.path().to_owned(),
-                source,
-            })?;
-        let claim = claim(&vm_dir.path().join(CLAIM))?;
+        let claim = vm_dir.create_claimed(CLAIM, &mut ledger);
+        let claim = claim.map_err(|source| KitError::File {
+            path: vm_dir.path().to_owned(),
+            source,
+        })?;
         let (letters, letterbox) = UnixStream::pair()
             .named("socketpair")
             .map_err(KitError::Descriptors)?;
@@ -340,25 +336,6 @@ impl Drop for PassingLink {
 fn kit_name() -> SandboxId {
     // Invariant: the word is a valid id.
     SandboxId::new(NAME).unwrap_or_else(|_| unreachable!("{NAME} is a valid id"))
-}
-
-/// Makes the claim and locks it before anybody can find it unlocked: it gets its name last.
-fn claim(path: &Path) -> Result<File, KitError> {
-    let making = path.with_extension("new");
-    let file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&making);
-    let locked = file.and_then(|file| {
-        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-        std::fs::rename(&making, path)?;
-        Ok(file)
-    });
-    locked.map_err(|source| KitError::File {
-        path: path.to_owned(),
-        source,
-    })
 }
 
 fn sockets(netns: Option<BorrowedFd<'_>>) -> Result<Sockets, KitError> {

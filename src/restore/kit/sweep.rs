@@ -3,17 +3,13 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use super::{CLAIM, NAME};
+use super::CLAIM;
 use crate::deadline::Deadline;
-use crate::resource::claim::is_locked;
+use crate::resource::claim::{self, is_locked};
 use crate::resource::ledger::{Leftover, Step};
 use crate::restore::VmDir;
 use crate::vmm::orphan;
-
-/// No claim takes this long to be made.
-const ABANDONED: Duration = Duration::from_secs(60);
 
 /// What a sweep has found.
 #[derive(Debug, Default)]
@@ -37,14 +33,15 @@ pub struct KitSweep {
 /// Where the directories cannot be listed.
 pub fn sweep(runtime_dir: &Path, deadline: Deadline) -> io::Result<KitSweep> {
     let mut found = KitSweep::default();
-    let entries = match VmDir::parent_of_all(runtime_dir).read_dir() {
+    let all = VmDir::parent_of_all(runtime_dir);
+    let entries = match all.read_dir() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
         other => other?,
     };
+    claim::sweep(&all, CLAIM);
     for entry in entries {
         let vm_dir = entry?.path();
         let Some(claim) = open_claim(&vm_dir)? else {
-            remove_if_abandoned(&vm_dir);
             continue;
         };
         if is_locked(&claim)? {
@@ -77,19 +74,6 @@ pub fn sweep(runtime_dir: &Path, deadline: Deadline) -> io::Result<KitSweep> {
     Ok(found)
 }
 
-/// An owner that died between making the directory and its claim has left it empty, or with a
-/// claim that never got its name. A directory with anything else in it stays: `rmdir` sees to
-/// that. One that is just being made is younger.
-fn remove_if_abandoned(vm_dir: &Path) {
-    let is_kit = vm_dir.file_stem().is_some_and(|stem| stem == NAME);
-    let age = vm_dir.metadata().and_then(|it| it.modified());
-    let age = age.map(|it| it.elapsed().unwrap_or_default());
-    if is_kit && age.is_ok_and(|age| age > ABANDONED) && !vm_dir.join("api.sock").exists() {
-        let _ = std::fs::remove_file(vm_dir.join(CLAIM).with_extension("new"));
-        let _ = std::fs::remove_dir(vm_dir);
-    }
-}
-
 /// Whether the directory belongs to a kit that a living program keeps ready.
 ///
 /// # Errors
@@ -106,5 +90,35 @@ fn open_claim(vm_dir: &Path) -> io::Result<Option<File>> {
         Ok(file) => Ok(Some(file)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_never_became_a_kit_goes_and_what_was_handed_over_stays() {
+        let runtime = std::env::temp_dir().join(format!("rewake-kitsweep-{}", std::process::id()));
+        let all = VmDir::parent_of_all(&runtime);
+        let dirs = [
+            ".new-bare",
+            ".new-claimed",
+            "kit.dead",
+            "kit.taken",
+            "sb-1.vm",
+        ];
+        for name in dirs {
+            std::fs::create_dir_all(all.join(name)).unwrap();
+        }
+        std::fs::write(all.join(".new-claimed").join(CLAIM), "").unwrap();
+        std::fs::write(all.join("kit.dead").join(CLAIM), "").unwrap();
+        std::fs::write(all.join("kit.taken/api.sock"), "").unwrap();
+        let swept = sweep(&runtime, Deadline::NEVER).unwrap();
+        let left = dirs.map(|name| all.join(name).exists());
+        let _ = std::fs::remove_dir_all(&runtime);
+        assert_eq!(left, [false, false, false, true, true]);
+        assert_eq!(swept.reclaimed, [all.join("kit.dead")]);
+        assert!(swept.in_use.is_empty() && swept.stuck.is_empty());
     }
 }

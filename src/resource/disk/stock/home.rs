@@ -1,29 +1,21 @@
 //! Where a program keeps its prepared disks, and what becomes of them when it has died.
 
 use std::ffi::OsStr;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
-
-use rustix::fs::FlockOperation;
 
 use super::PREFIX;
 use crate::deadline::Deadline;
 use crate::ids::SandboxId;
-use crate::resource::claim::is_locked;
+use crate::resource::claim::{self, is_locked};
 use crate::resource::disk::{DiskFailure, DiskPool};
 use crate::resource::private::private;
 
 /// The file that its owner keeps locked.
 const CLAIM: &str = "claim";
-/// What a directory is called until its claim is locked.
-const UNNAMED: &str = ".new-";
 /// So many hexadecimal digits are its name.
 const RANDOM: usize = 12;
-/// No claim takes this long to be made.
-const ABANDONED: Duration = Duration::from_secs(60);
 
 /// What a sweep has found.
 #[derive(Debug, Default)]
@@ -50,23 +42,9 @@ impl Home {
         private().recursive(true).create(parent)?;
         let random = uuid::Uuid::new_v4().simple().to_string();
         let name = &random[..RANDOM];
-        let unnamed = parent.join(format!("{UNNAMED}{name}"));
-        let path = parent.join(name);
-        private().create(&unnamed)?;
-        let claim = || {
-            let claim = OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(unnamed.join(CLAIM))?;
-            rustix::fs::flock(&claim, FlockOperation::NonBlockingLockExclusive)?;
-            std::fs::rename(&unnamed, &path)?;
-            Ok(claim)
-        };
-        let claim = claim().inspect_err(|_: &io::Error| remove_empty(&unnamed))?;
         Ok(Self {
-            path,
-            _claim: claim,
+            path: parent.join(name),
+            _claim: claim::make(parent, name, CLAIM)?,
         })
     }
 
@@ -107,12 +85,11 @@ pub(super) fn sweep(pool: &DiskPool, home: &Path, deadline: Deadline) -> io::Res
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(found),
         other => other?,
     };
+    claim::sweep(home, CLAIM);
     for entry in entries {
         let owner = entry?.path();
         let name = owner.file_name().and_then(OsStr::to_str).unwrap_or("");
-        let is_young = name.starts_with(UNNAMED) && !is_abandoned(&owner);
-        // Whoever makes one finds its claim free, so nobody else may touch it.
-        if is_young || !is_random(name.strip_prefix(UNNAMED).unwrap_or(name)) {
+        if !is_random(name) {
             continue;
         }
         // Held until all is gone, so no other sweep is at work there.
@@ -148,11 +125,6 @@ fn is_random(name: &str) -> bool {
     name.len() == RANDOM && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-fn is_abandoned(dir: &Path) -> bool {
-    let age = dir.metadata().and_then(|it| it.modified());
-    age.is_ok_and(|age| age.elapsed().unwrap_or_default() > ABANDONED)
-}
-
 /// The disks of which anything is in a directory.
 fn disks(owner: &Path) -> Vec<SandboxId> {
     let id = |name: std::ffi::OsString| {
@@ -176,6 +148,7 @@ mod tests {
     use super::*;
     use crate::fault::Faults;
     use crate::resource::disk::DiskConfig;
+    use std::time::Duration;
 
     struct Scratch(PathBuf);
     impl Scratch {
@@ -197,18 +170,6 @@ mod tests {
     }
 
     #[test]
-    fn the_claim_of_a_directory_that_is_just_being_made_is_not_touched() {
-        let scratch = Scratch::new("young");
-        let unnamed = scratch.0.join(format!("{UNNAMED}0123456789ab"));
-        std::fs::create_dir(&unnamed).unwrap();
-        let claim = File::create(unnamed.join(CLAIM)).unwrap();
-        assert!(!is_locked(&claim).unwrap());
-        // Nobody tried to lock it, or it would count as a living program's.
-        assert!(scratch.sweep().in_use.is_empty());
-        assert!(unnamed.join(CLAIM).exists());
-    }
-
-    #[test]
     fn what_is_no_owners_directory_is_left_alone() {
         let scratch = Scratch::new("foreign");
         std::fs::write(scratch.0.join("file"), "").unwrap();
@@ -216,9 +177,11 @@ mod tests {
         let dead = scratch.0.join("0123456789ab");
         std::fs::create_dir(&dead).unwrap();
         std::fs::write(dead.join(CLAIM), "").unwrap();
+        let unborn = scratch.0.join(".new-0123456789ab");
+        std::fs::create_dir(&unborn).unwrap();
         let swept = scratch.sweep();
         assert!(swept.in_use.is_empty() && swept.stuck.is_empty());
         assert_eq!(names(&scratch.0).len(), 2);
-        assert!(!dead.exists());
+        assert!(!dead.exists() && !unborn.exists());
     }
 }
