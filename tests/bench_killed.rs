@@ -388,7 +388,10 @@ fn vm_mappings_and_loop_devices_of_a_killed_run_are_removed_by_the_next_one() {
         let mut run = start(&scratch, &arguments);
         wait_for("a mapping", || {
             let names = told("dmsetup", "ls");
-            names.lines().any(|name| name.starts_with(prefix))
+            let is_new = |name: &str| !before.1.lines().any(|it| it == name);
+            names
+                .lines()
+                .any(|name| name.starts_with(prefix) && is_new(name))
         });
         run.kill().unwrap();
         run.wait().unwrap();
