@@ -62,31 +62,41 @@ pub(crate) fn lock(file: File, path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// Makes the directory `name` in `parent`, with a claim in it: nobody ever sees it under its
-/// name without. The claim ends when the file is closed.
-pub(crate) fn make(parent: &Path, name: &str, claim: &str) -> io::Result<File> {
+/// Opens the file at `path`, or makes it, and locks it; `None` where somebody else has it, or had
+/// it and has removed it.
+pub(crate) fn take(path: &Path) -> io::Result<Option<File>> {
+    match open(path).and_then(|file| lock(file, path)) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        other => other,
+    }
+}
+
+/// Makes the directory `target` with a claim in it: nobody ever sees it under its name without.
+/// The claim ends when the file is closed.
+pub(crate) fn make(target: &Path, claim: &str) -> io::Result<File> {
     loop {
         let random = uuid::Uuid::new_v4().simple().to_string();
-        let unnamed = parent.join(format!("{UNNAMED}{}", &random[..12]));
+        let unnamed = target.with_file_name(format!("{UNNAMED}{}", &random[..12]));
         private().create(&unnamed)?;
-        let path = unnamed.join(claim);
-        let made = open(&path).and_then(|file| lock(file, &path));
-        let named = made.and_then(|file| {
-            let Some(file) = file else { return Ok(None) };
-            let target = parent.join(name);
-            rustix::fs::renameat_with(CWD, &unnamed, CWD, target, RenameFlags::NOREPLACE)?;
-            Ok(Some(file))
+        let named = take(&unnamed.join(claim)).and_then(|file| {
+            file.map(|file| rename_new(&unnamed, target).map(|()| file))
+                .transpose()
         });
         match named {
             Ok(Some(file)) => return Ok(file),
-            Err(error) if error.kind() != ErrorKind::NotFound => {
+            // A sweep has come first: the directory is its.
+            Ok(None) => {}
+            Err(error) => {
                 remove(&unnamed, claim);
                 return Err(error);
             }
-            // A sweep has come first: the directory is its.
-            Ok(None) | Err(_) => {}
         }
     }
+}
+
+/// Renames without ever replacing anything.
+pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE).map_err(Into::into)
 }
 
 /// Removes the directories in `parent` whose makers died before they were named. Others are not
@@ -97,10 +107,9 @@ pub(crate) fn sweep(parent: &Path, claim: &str) {
         if !name.as_encoded_bytes().starts_with(UNNAMED.as_bytes()) {
             continue;
         }
-        let path = entry.path().join(claim);
-        let locked = open(&path).and_then(|file| lock(file, &path));
-        if let Ok(Some(_held)) = locked {
-            remove(&entry.path(), claim);
+        let path = entry.path();
+        if let Ok(Some(_held)) = take(&path.join(claim)) {
+            remove(&path, claim);
         }
     }
 }
@@ -150,7 +159,7 @@ mod tests {
             let ended = scope.spawn(|| {
                 for number in 0..500 {
                     let path = scratch.0.join(number.to_string());
-                    let claim = make(&scratch.0, &number.to_string(), "claim").unwrap();
+                    let claim = make(&path, "claim").unwrap();
                     assert!(is_at(&claim, &path.join("claim")));
                     let other = File::open(path.join("claim")).unwrap();
                     assert!(is_locked(&other).unwrap(), "it was never unclaimed");
@@ -194,10 +203,10 @@ mod tests {
     fn a_name_that_is_taken_is_an_error_and_leaves_nothing() {
         let scratch = Scratch::new("taken");
         std::fs::create_dir(scratch.0.join("name")).unwrap();
-        let error = make(&scratch.0, "name", "claim").unwrap_err();
+        let error = make(&scratch.0.join("name"), "claim").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::AlreadyExists);
         assert_eq!(scratch.entries(), 1);
-        let error = make(&scratch.0.join("absent"), "name", "claim").unwrap_err();
+        let error = make(&scratch.0.join("absent/name"), "claim").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound);
     }
 }

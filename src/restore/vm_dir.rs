@@ -45,7 +45,7 @@ impl VmDir {
     /// # Errors
     /// What `mkdir` says; nothing is left then.
     pub fn create(&self, ledger: &mut Ledger) -> io::Result<()> {
-        self.make(ledger, |_| private().create(&self.path))
+        self.make(ledger, || private().create(&self.path))
     }
 
     /// The same with a file in it that is locked for as long as the result is open.
@@ -53,24 +53,18 @@ impl VmDir {
     /// # Errors
     /// Those of [`VmDir::create`], and of the file; nothing is left then.
     pub(super) fn create_claimed(&self, claim: &str, ledger: &mut Ledger) -> io::Result<File> {
-        let name = self.path.file_name().unwrap_or_default();
-        let name = name.to_string_lossy();
-        self.make(ledger, |parent| claim::make(parent, &name, claim))
+        self.make(ledger, || claim::make(&self.path, claim))
     }
 
-    fn make<T>(
-        &self,
-        ledger: &mut Ledger,
-        make: impl FnOnce(&Path) -> io::Result<T>,
-    ) -> io::Result<T> {
-        // Invariant: it was chosen in a directory.
-        let parent = self.path.parent().unwrap_or(Path::new("/"));
-        private().recursive(true).create(parent)?;
+    fn make<T>(&self, ledger: &mut Ledger, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        if let Some(parent) = self.path.parent() {
+            private().recursive(true).create(parent)?;
+        }
         let step = Step::Directory {
             path: self.path.clone(),
         };
         ledger.push(step.clone());
-        make(parent).inspect_err(|_| {
+        make().inspect_err(|_| {
             // Whatever is there is not ours.
             ledger.forget(&step);
         })

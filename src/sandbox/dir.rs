@@ -17,7 +17,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 
-use rustix::fs::{CWD, FlockOperation, RenameFlags};
+use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
 use crate::deadline::Deadline;
@@ -99,16 +99,14 @@ impl SandboxDir {
     /// The lock of a directory without a name; `None` where somebody else has it, or had it and
     /// has removed the directory.
     fn try_lock_unnamed(&self) -> io::Result<Option<DirLock>> {
-        match self.try_lock() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            other => other,
-        }
+        let taken = claim::take(&self.lock_file())?;
+        Ok(taken.map(|file| DirLock { file }))
     }
 
     /// Gives the directory its name; fails with `AlreadyExists` where that is taken.
     pub(crate) fn name(self, root: &Path, id: &SandboxId) -> Result<Self, (Self, io::Error)> {
         let named = Self::of(root, id);
-        match rename_new(&self.path, &named.path) {
+        match claim::rename_new(&self.path, &named.path) {
             Ok(()) => Ok(named),
             Err(error) => Err((self, error)),
         }
@@ -311,11 +309,6 @@ pub(crate) fn list(root: &Path) -> io::Result<Listing> {
     }
     listing.ids.sort_unstable();
     Ok(listing)
-}
-
-/// Renames without ever replacing anything.
-pub(crate) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
-    rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE).map_err(Into::into)
 }
 
 #[cfg(test)]

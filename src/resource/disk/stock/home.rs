@@ -41,10 +41,11 @@ impl Home {
     pub(super) fn claim(parent: &Path) -> io::Result<Self> {
         private().recursive(true).create(parent)?;
         let random = uuid::Uuid::new_v4().simple().to_string();
-        let name = &random[..RANDOM];
+        let path = parent.join(&random[..RANDOM]);
+        let claim = claim::make(&path, CLAIM)?;
         Ok(Self {
-            path: parent.join(name),
-            _claim: claim::make(parent, name, CLAIM)?,
+            path,
+            _claim: claim,
         })
     }
 
